@@ -1,0 +1,33 @@
+"""Efficient Channel Attention (ECA-Net, CVPR 2020) for timm.
+
+Importing the package registers its attention layers and models with timm:
+`timm.create_model('resnet50', attn_layer='eca')`, `timm.create_model('eca_resnet50')`.
+"""
+
+from importlib.metadata import version
+
+from .inject import add_attn_, attn_modules, plan_attn
+from .layers import EcaLayer, adaptive_kernel_size, get_attn, list_attns, register_attn
+from .placement import Site
+from .spec import AttnSpec
+from .timm_hooks import install, installed, uninstall
+
+__all__ = [
+    "AttnSpec",
+    "EcaLayer",
+    "Site",
+    "adaptive_kernel_size",
+    "add_attn_",
+    "attn_modules",
+    "get_attn",
+    "install",
+    "installed",
+    "list_attns",
+    "plan_attn",
+    "register_attn",
+    "uninstall",
+]
+
+__version__ = version("timm-eca")
+
+install()

@@ -1,0 +1,98 @@
+"""What a model with attention accepts as its checkpoint.
+
+One hook on the model sees every way in: timm's `pretrained=True` and `checkpoint_path=`, and the user's own
+`load_state_dict`. timm turns strict loading off in some of them, so missing attention weights must be found here.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .placement import Site
+from .spec import AttnSpec
+
+__all__ = ["LoadGuard"]
+
+_logger = logging.getLogger(__name__)
+
+StateDict = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LoadGuard:
+    """Hook for `register_load_state_dict_pre_hook` of a model with attention.
+
+    A checkpoint without any attention weight is a plain backbone's: the layers keep their initial values, and an
+    identity start stays one. One with some of them raises ValueError, naming those it lacks or has too many.
+
+    Attributes:
+        spec: What the model carries.
+        sites: Where it carries it.
+        stale_keys: Keys of the modules that gave way to attention, dropped from a checkpoint that has them.
+        empty_slots: Paths that stayed empty because of `attn_stages`; a checkpoint must not have weights there.
+    """
+
+    spec: AttnSpec
+    sites: tuple[Site, ...]
+    stale_keys: tuple[str, ...] = ()
+    empty_slots: tuple[str, ...] = ()
+
+    def __call__(self, model: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
+        self._drop_stale(state_dict, prefix)
+        self._reject_foreign(state_dict, prefix)
+        own = self._layer_tensors(model, prefix)
+        missing = [key for key in own if key not in state_dict]
+        if missing and len(missing) == len(own):
+            self._complete_plain(model, state_dict, prefix)
+        elif missing:
+            raise ValueError(
+                f"The checkpoint has {len(own) - len(missing)} of {len(own)} attention weights and lacks"
+                f" {_some(missing)}. Accepted: all of them, or none (a plain backbone's checkpoint)."
+            )
+
+    def _layer_tensors(self, model: nn.Module, prefix: str) -> StateDict:
+        layers = {f"{prefix}{site.path}.": model.get_submodule(site.path) for site in self.sites}
+        return {path + key: tensor for path, layer in layers.items() for key, tensor in layer.state_dict().items()}
+
+    def _drop_stale(self, state_dict: StateDict, prefix: str) -> None:
+        stale = [prefix + key for key in self.stale_keys if prefix + key in state_dict]
+        for key in stale:
+            del state_dict[key]
+        if stale:
+            _logger.info("Dropped %d weights of modules that attention replaced: %s.", len(stale), _some(stale))
+
+    def _reject_foreign(self, state_dict: StateDict, prefix: str) -> None:
+        slots = tuple(f"{prefix}{slot}." for slot in self.empty_slots)
+        foreign = [key for key in state_dict if slots and key.startswith(slots)]
+        if foreign:
+            raise ValueError(
+                f"The checkpoint has {len(foreign)} attention weights outside attn_stages={self.spec.attn_stages}:"
+                f" {_some(foreign)}."
+            )
+
+    def _complete_plain(self, model: nn.Module, state_dict: StateDict, prefix: str) -> None:
+        if self.spec.attn_init == "identity":
+            for site in self.sites:
+                _keep_identity(model, state_dict, prefix, site)
+        state_dict.update(self._layer_tensors(model, prefix))
+        _logger.info(
+            "The checkpoint has no attention weights: the %d %r layers keep their initial values.",
+            len(self.sites),
+            self.spec.name,
+        )
+
+
+def _keep_identity(model: nn.Module, state_dict: StateDict, prefix: str, site: Site) -> None:
+    """Scale the incoming norm as the layer's identity start needs it; the caller's tensors stay as they are."""
+    keys = [f"{prefix}{site.norm}.{name}" for name in ("weight", "bias")]
+    if keys[0] in state_dict:
+        factor = model.get_submodule(site.path).identity_init_()  # type: ignore[operator]
+        state_dict.update({key: state_dict[key] * factor for key in keys if key in state_dict})
+
+
+def _some(keys: list[str], count: int = 4) -> str:
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more

@@ -1,0 +1,159 @@
+"""Efficient channel attention.
+
+Paper: ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks, CVPR 2020,
+https://arxiv.org/abs/1910.03151. Reference code: https://github.com/BangguWu/ECANet (MIT).
+"""
+
+import math
+import operator
+
+import torch
+from timm.layers import LayerType, create_act_layer
+from torch import nn
+
+from .registry import register_attn
+
+__all__ = ["EcaLayer", "adaptive_kernel_size"]
+
+
+def adaptive_kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
+    """Return the kernel size psi(C) = |log2(C) / gamma + beta / gamma|_odd of Eq. 12.
+
+    |t|_odd is the odd number nearest to t, computed as in the paper's Figure 3: the integer part, plus one
+    where that is even. The result is at least 3, as in timm: a kernel of one mixes no channels. This floor
+    departs from the paper's formula below 8 channels only.
+
+    Args:
+        channels: Number of channels C, at least 1.
+        gamma: Slope of the mapping, above 0.
+        beta: Offset of the mapping.
+
+    Raises:
+        ValueError: If channels is not a positive integer or gamma is not above zero.
+    """
+    channels = _positive_int("channels", channels)
+    if not gamma > 0:
+        raise ValueError(f"gamma must be above 0, got {gamma!r}.")
+    t = int(abs((math.log2(channels) + beta) / gamma))
+    return max(t if t % 2 else t + 1, 3)
+
+
+def _positive_int(name: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or number < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    return number
+
+
+def _odd_kernel_size(value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or number < 1 or number % 2 == 0:
+        raise ValueError(
+            f"kernel_size must be an odd positive integer (1, 3, 5, ...) or None for the adaptive size, got {value!r}."
+        )
+    return number
+
+
+def _create_gate(gate_layer: LayerType) -> nn.Module:
+    try:
+        gate = create_act_layer(gate_layer)
+    except KeyError:
+        gate = None
+    if gate is None:
+        raise ValueError(
+            f"gate_layer must be the name of a timm activation ('sigmoid', 'hard_sigmoid', ...) or a module class,"
+            f" got {gate_layer!r}."
+        )
+    return gate
+
+
+@register_attn("eca")
+class EcaLayer(nn.Module):
+    """Efficient channel attention: out = x * sigmoid(conv1d_k(mean over H, W of x)), Eq. 9.
+
+    One convolution over the channel axis, k weights, no bias, zero padding (k - 1) / 2. Its state dict holds
+    exactly `conv.weight` of shape (1, 1, k), as timm's ECA checkpoints do.
+
+    Args:
+        channels: Number of channels C of the input; needed for the adaptive kernel size only.
+        kernel_size: Odd kernel size k. None: `adaptive_kernel_size(channels, gamma, beta)`.
+        gamma: Slope of the adaptive kernel size, Eq. 12.
+        beta: Offset of the adaptive kernel size, Eq. 12.
+        gate_layer: Gate applied to the convolved channel descriptor.
+        act_layer: Unused, accepted because timm passes it to every layer in this place.
+        rd_ratio: Unused, as act_layer: ECA reduces no dimensions.
+        rd_channels: Unused, as rd_ratio.
+        rd_divisor: Unused, as rd_ratio.
+        bias: Unused, as act_layer: ECA has no bias.
+        device: Device of the weights.
+        dtype: Data type of the weights.
+
+    Shape:
+        input (B, C, H, W), output (B, C, H, W) in the memory format of the input.
+
+    Raises:
+        ValueError: If neither channels nor kernel_size is given, or kernel_size is not an odd positive integer.
+    """
+
+    def __init__(
+        self,
+        channels: int | None = None,
+        kernel_size: int | None = None,
+        gamma: float = 2,
+        beta: float = 1,
+        gate_layer: LayerType = "sigmoid",
+        act_layer: LayerType | None = None,
+        rd_ratio: float | None = None,
+        rd_channels: int | None = None,
+        rd_divisor: int | None = None,
+        bias: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if channels is not None:
+            channels = _positive_int("channels", channels)
+        if kernel_size is not None:
+            kernel_size = _odd_kernel_size(kernel_size)
+        elif channels is not None:
+            kernel_size = adaptive_kernel_size(channels, gamma, beta)
+        else:
+            raise ValueError("EcaLayer needs channels (for the adaptive kernel size) or kernel_size, got neither.")
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype)
+        self.gate = _create_gate(gate_layer)
+
+    def channel_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the gates, one per sample and channel: (B, C, H, W) -> (B, C)."""
+        y = x.mean((2, 3))
+        y = self.conv(y.unsqueeze(1)).squeeze(1)
+        return self.gate(y)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.channel_weights(x)[:, :, None, None]
+
+    @torch.jit.ignore
+    def identity_init_(self) -> float:
+        """Zero the kernel, so that the gate is one constant, and return the factor that undoes it.
+
+        A zero kernel gates every channel by gate(0), 0.5 for the sigmoid. Where what comes in is multiplied by
+        the returned factor, 2, the layer changes nothing: multiplying by powers of two is exact. The kernel's
+        gradient is not zero there, so training moves it from the first step on.
+
+        Raises:
+            ValueError: If gate(0) is not a power of two that can be undone exactly.
+        """
+        constant = float(self.gate(torch.zeros(())))
+        if constant <= 0 or math.frexp(constant)[0] != 0.5:
+            raise ValueError(
+                f"An identity start needs a gate whose value at zero is a power of two, as sigmoid's 0.5;"
+                f" {type(self.gate).__name__} gives {constant:g}."
+            )
+        with torch.no_grad():
+            self.conv.weight.zero_()
+        return 1 / constant

@@ -1,0 +1,92 @@
+"""An entrypoint is a row of a table plus one call: timm's own entrypoint, with attention and its own weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import model_entrypoint, resolve_pretrained_cfg
+from torch import nn
+
+__all__ = ["KernelSizes", "create_eca", "eca_cfg"]
+
+KernelSizes = str | int | Sequence[int]
+"""'adaptive' (Eq. 12), one kernel size for all blocks, or one for each stage."""
+
+TAG = "ecanet_in1k"
+HUB_ORG = "timm-eca"
+
+
+def eca_cfg(name: str, **kwargs: Any) -> dict[str, dict[str, Any]]:
+    """Return the default cfg of a model under its tagged name, as `generate_default_cfgs` takes it."""
+    tagged = f"{name}.{TAG}"
+    return {
+        tagged: {
+            "hf_hub_id": f"{HUB_ORG}/{tagged}",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "crop_pct": 0.875,
+            "interpolation": "bilinear",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "license": "mit",
+            "origin_url": "https://github.com/BangguWu/ECANet",
+            "paper_name": "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks",
+            "paper_ids": "arXiv:1910.03151",
+            **kwargs,
+        }
+    }
+
+
+def create_eca(
+    name: str,
+    backbone: str,
+    preset: KernelSizes,
+    stages: int,
+    pretrained: bool = False,
+    kernel_sizes: KernelSizes | None = None,
+    attn_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Create an ECA model from timm's entrypoint of its backbone.
+
+    Args:
+        name: Name under which the model is registered.
+        backbone: Name of timm's model that carries the layer.
+        preset: Kernel sizes used where none are asked for.
+        stages: Number of stages of the backbone.
+        pretrained: Load the weights of the model's default cfg.
+        kernel_sizes: Kernel sizes asked for.
+        attn_kwargs: Further keyword arguments of `EcaLayer`.
+        **kwargs: Passed to timm's entrypoint.
+
+    Raises:
+        ValueError: If kernel_sizes fit neither the layer nor the stages, or another layer is asked for.
+    """
+    if "attn_layer" in kwargs:
+        raise ValueError(f"{name} carries 'eca'; for attn_layer={kwargs['attn_layer']!r} create {backbone!r} with it.")
+    if attn_kwargs and (not isinstance(attn_kwargs, dict) or "kernel_size" in attn_kwargs):
+        raise ValueError(
+            f"attn_kwargs of {name} must be a dict without kernel_size, got {attn_kwargs!r}; use kernel_sizes."
+        )
+    sizes = _per_stage(preset if kernel_sizes is None else kernel_sizes, stages)
+    cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
+    return model_entrypoint(backbone)(
+        pretrained=pretrained,
+        pretrained_cfg=cfg,
+        attn_layer="eca",
+        attn_kwargs=[{**(attn_kwargs or {}), "kernel_size": size} for size in sizes],
+        **kwargs,
+    )
+
+
+def _per_stage(kernel_sizes: KernelSizes, stages: int) -> list[int | None]:
+    if kernel_sizes == "adaptive":
+        return [None] * stages
+    if isinstance(kernel_sizes, int):
+        return [kernel_sizes] * stages
+    if isinstance(kernel_sizes, (list, tuple)) and len(kernel_sizes) == stages:
+        return list(kernel_sizes)
+    raise ValueError(
+        f"kernel_sizes must be 'adaptive', an odd number, or {stages} odd numbers, one per stage, got {kernel_sizes!r}."
+    )

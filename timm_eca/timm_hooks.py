@@ -1,0 +1,175 @@
+"""The doors into timm: attention by name, `attn_layer=` on any backbone, and this package's entrypoints.
+
+The only file that touches timm's internals. timm's modules hold `get_attn` and `build_model_with_cfg` by name, each
+its own reference, so a door is opened by rebinding the name in every module of timm that holds it. `uninstall`
+puts every reference back and takes the entrypoints out of timm's registry.
+"""
+
+import dataclasses
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import timm.layers
+import timm.models
+from timm.models import _registry
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from .inject import ConstructorWithAttn, label_
+from .layers import EcaLayer
+from .layers import registry as attn_registry
+from .models import ENTRYPOINTS
+from .placement import EXAMPLES
+from .spec import ATTN_ARGS, AttnSpec
+
+__all__ = ["install", "installed", "uninstall"]
+
+
+def _unhooked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return timm's own function, also where an earlier import of this module left its hook in place."""
+    while hasattr(function, "timm_eca_hooks"):
+        function = function.timm_eca_hooks
+    return function
+
+
+_timm_get_attn = _unhooked(timm.layers.get_attn)
+_timm_build_model_with_cfg = _unhooked(timm.models.build_model_with_cfg)
+
+
+def _hook(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def decorate(function):
+        function = functools.wraps(original)(function)
+        function.timm_eca_hooks = original
+        return function
+
+    return decorate
+
+
+@_hook(_timm_get_attn)
+def _get_attn(attn_type: Any) -> Any:
+    if not isinstance(attn_type, str) or not attn_type:
+        return _timm_get_attn(attn_type)
+    if attn_type.lower() in attn_registry.list_attns():
+        return attn_registry.get_attn(attn_type)
+    try:
+        return _timm_get_attn(attn_type)
+    except AssertionError:
+        raise attn_registry.unknown_attn(attn_type) from None
+
+
+@_hook(_timm_build_model_with_cfg)
+def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, *args, **kwargs):
+    asked = {name: kwargs[name] for name in ATTN_ARGS if kwargs.get(name) is not None}
+    if _names_self_attention(variant, model_cls, asked, kwargs.get("cfg")) or _placed_by_timm(variant, asked, kwargs):
+        return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in ATTN_ARGS}
+    if not asked:
+        return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
+    spec = _spec(asked)
+    _check_pruned(variant, spec, kwargs)
+    construct = ConstructorWithAttn(model_cls, spec, variant)
+    model = _timm_build_model_with_cfg(construct, variant, pretrained, *args, **kwargs)
+    return label_(model, spec, construct.sites)  # a feature wrapper says the same of itself as the model in it
+
+
+def _names_self_attention(variant: str, model_cls: Any, asked: dict[str, Any], cfg: Any) -> bool:
+    """Whether `attn_layer` names a model's self-attention, which this package leaves alone."""
+    if not (isinstance(model_cls, type) and issubclass(model_cls, (VisionTransformer, NaFlexVit))):
+        return False
+    layer = asked.get("attn_layer", getattr(cfg, "attn_layer", None))
+    if set(asked) - {"attn_layer"} or (isinstance(layer, str) and layer.lower() in attn_registry.list_attns()):
+        raise ValueError(
+            f"{variant} is a transformer without convolutional blocks, where attn_layer names the self-attention; got"
+            f" {asked or {'attn_layer': layer}}. Models that take channel attention: {', '.join(EXAMPLES)}."
+        )
+    return True
+
+
+def _placed_by_timm(variant: str, asked: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+    """Whether timm's own configuration of a model has `attn_layer` and places the layer itself."""
+    cfg = kwargs.get("model_cfg")
+    fields = {f.name for f in dataclasses.fields(cfg)} if dataclasses.is_dataclass(cfg) else set()
+    if not asked or "attn_layer" not in fields:
+        return False
+    if set(asked) - fields:
+        raise ValueError(
+            f"timm places attn_layer in {variant} itself; it takes attn_layer and attn_kwargs,"
+            f" got {', '.join(sorted(set(asked) - fields))} too."
+        )
+    return True
+
+
+def _spec(asked: dict[str, Any]) -> AttnSpec:
+    if "attn_layer" not in asked:
+        raise ValueError(f"{', '.join(asked)} given without attn_layer. Name the layer, for example attn_layer='eca'.")
+    return AttnSpec(**asked)
+
+
+def _check_pruned(variant: str, spec: AttnSpec, kwargs: dict[str, Any]) -> None:
+    # timm narrows the convolutions of a pruned model after construction, when the layers are in place already.
+    layer = attn_registry.get_attn(spec.attn_layer)
+    if kwargs.get("pruned") and not (isinstance(layer, type) and issubclass(layer, EcaLayer)):
+        raise ValueError(
+            f"{variant} is pruned: it takes 'eca', whose weights do not depend on width, got {spec.name!r}."
+        )
+
+
+_HOOKS = {"get_attn": _get_attn, "build_model_with_cfg": _build_model_with_cfg}
+
+
+def _timm_modules() -> Iterator[ModuleType]:
+    return (m for name, m in list(sys.modules.items()) if m is not None and name.partition(".")[0] == "timm")
+
+
+def _rebind(name: str, function: Callable[..., Any]) -> None:
+    """Make every reference of timm's modules to a function, hooked or not, refer to the one given."""
+    original = _unhooked(function)
+    for module in _timm_modules():
+        held = vars(module).get(name)
+        if callable(held) and _unhooked(held) is original:
+            setattr(module, name, function)
+
+
+def install() -> None:
+    """Open the doors; importing the package does. Calling it again changes nothing."""
+    for name, function in _HOOKS.items():
+        _rebind(name, function)
+    for entrypoint in ENTRYPOINTS:
+        _register(entrypoint)
+
+
+def uninstall() -> None:
+    """Close the doors: timm is as it was before the package was imported. Calling it again changes nothing.
+
+    Models built before keep working. The package's own functions (`add_attn_`, `get_attn`, ...) work without doors.
+    """
+    for name, function in _HOOKS.items():
+        _rebind(name, _unhooked(function))
+    for entrypoint in ENTRYPOINTS:
+        _unregister(entrypoint.__name__)
+
+
+def installed() -> bool:
+    """Whether the doors are open."""
+    return timm.layers.get_attn is _get_attn
+
+
+def _register(entrypoint: Callable[..., nn.Module]) -> None:
+    registered = _registry._model_entrypoints.get(entrypoint.__name__)
+    if registered is entrypoint:
+        return
+    with warnings.catch_warnings():
+        if registered is not None and registered.__module__ == entrypoint.__module__:
+            warnings.simplefilter("ignore")  # the same entrypoint of an earlier import of this package
+        timm.models.register_model(entrypoint)
+
+
+def _unregister(name: str) -> None:
+    if name in _registry._model_entrypoints:
+        _registry._clear_model_entries(name)
+        del _registry._model_entrypoints[name]
