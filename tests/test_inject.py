@@ -309,6 +309,8 @@ class TestAsAModel:
     def test_meta(self, name):
         model = timm.create_model(name, attn_layer="eca", attn_init="identity", device="meta")
         assert all(p.is_meta for p in model.parameters())
+        with torch.device("meta"):
+            assert all(p.is_meta for p in timm.create_model(name, attn_layer="eca", attn_init="identity").parameters())
 
     def test_gradient_in_every_weight(self, images):
         model = timm.create_model("resnet18", attn_layer="eca", zero_init_last=False)

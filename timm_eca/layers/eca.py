@@ -148,7 +148,7 @@ class EcaLayer(nn.Module):
         Raises:
             ValueError: If gate(0) is not a power of two that can be undone exactly.
         """
-        constant = float(self.gate(torch.zeros(())))
+        constant = float(self.gate(torch.zeros((), device="cpu")))
         if constant <= 0 or math.frexp(constant)[0] != 0.5:
             raise ValueError(
                 f"An identity start needs a gate whose value at zero is a power of two, as sigmoid's 0.5;"
