@@ -82,7 +82,7 @@ class TestWaysIn:
         assert not [r for r in caplog.records if r.name == "timm_eca.checkpoint"]
 
     def test_one_key_missing(self, load, name, make):
-        lost = "layer1.0.se.conv.weight" if name == "resnet18" else "blocks.1.0.bn3.act.conv.weight"
+        lost = "layer1.0.se.conv.weight" if name == "resnet18" else "blocks.1.0.attn_last.conv.weight"
         _, path = make(name, without(lost), attn_layer="eca")
         with pytest.raises(ValueError, match=rf"lacks {lost}\. Accepted: all of them, or none"):
             load(name, path, attn_layer="eca")
@@ -94,7 +94,7 @@ class TestLenientLoading:
     @pytest.mark.parametrize("lenient", [{"num_classes": 5}, {"features_only": True}, {"num_classes": 0}])
     @pytest.mark.parametrize("name", BACKBONES)
     def test_incomplete(self, name, lenient, make):
-        lost = "layer2.1.se.conv.weight" if name == "resnet18" else "blocks.3.1.bn3.act.conv.weight"
+        lost = "layer2.1.se.conv.weight" if name == "resnet18" else "blocks.3.1.attn_last.conv.weight"
         _, path = make(name, without(lost), attn_layer="eca")
         with pytest.raises(ValueError, match=f"lacks {lost}"):
             load_pretrained(name, path, attn_layer="eca", **lenient)

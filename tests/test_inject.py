@@ -46,7 +46,7 @@ class TestPlacement:
         assert len(attn_modules(model)) == len(blocks) >= 17
         for site, block in zip(model.attn_sites, blocks):
             norm = block.bn3 if hasattr(block, "bn3") else block.bn2
-            assert type(norm.act) is EcaLayer
+            assert type(block.attn_last) is EcaLayer
             assert site.channels == norm.num_features
 
     def test_between_last_norm_and_addition(self, images):
@@ -68,7 +68,7 @@ class TestPlacement:
         block, outputs = model.blocks[1][0], {}
         assert not block.has_skip
         block.register_forward_hook(lambda m, i, o: outputs.update(block=o))
-        block.bn3.act.register_forward_hook(lambda m, i, o: outputs.update(attn=o))
+        block.attn_last.register_forward_hook(lambda m, i, o: outputs.update(attn=o))
         model(images)
         assert torch.equal(outputs["block"], outputs["attn"])
 
@@ -83,10 +83,29 @@ class TestPlacement:
         assert {s.replaces for s in model.attn_sites} == {"SEModule"}
         assert not any(isinstance(m, SEModule) for m in model.modules())
 
-    @pytest.mark.parametrize("where", ["auto", "end"])
-    def test_where(self, where):
-        model = timm.create_model("resnet18", attn_layer="eca", attn_where=where, device="meta")
-        assert len(attn_modules(model)) == 8
+    @pytest.mark.parametrize(
+        ("name", "where", "expected"),
+        [
+            ("resnet18", "auto", "layer1.0.se"),
+            ("resnet18", "end", "layer1.0.se"),
+            ("resnet18", "add", "layer1.0.se"),
+            ("resnet18", "stage", "layer1.attn_stage"),
+            ("seresnet18", "auto", "layer1.0.se"),
+            ("seresnet18", "end", "layer1.0.se"),
+            ("seresnet18", "add", "layer1.0.attn_last"),
+            ("efficientnet_b0", "auto", "blocks.0.0.se"),
+            ("efficientnet_b0", "end", "blocks.0.0.attn_last"),
+            ("efficientnet_b0", "add", "blocks.0.0.attn_last"),
+        ],
+    )
+    def test_where(self, name, where, expected, images):
+        plain = timm.create_model(name)
+        model = timm.create_model(name, attn_layer="eca", attn_where=where)
+        assert model.attn_sites[0].path == expected
+        kept = [n for n, m in model.named_modules() if type(m).__name__ in ("SEModule", "SqueezeExcite")]
+        had = [n for n, m in plain.named_modules() if type(m).__name__ in ("SEModule", "SqueezeExcite")]
+        assert kept == (had if where in ("add", "stage") else [])
+        assert model(images).shape == (2, 1000)
 
     @pytest.mark.parametrize(("stages", "expected"), [((3, 4), {3, 4}), ([4, 4], {4}), (2, {2}), (None, {1, 2, 3, 4})])
     def test_stages(self, stages, expected):
@@ -121,12 +140,12 @@ class TestPlanAndAdd:
     def test_plan_touches_nothing(self, name):
         model = timm.create_model(name)
         before, modules, random = state(model), list(model.named_modules()), torch.get_rng_state()
-        sites = plan_attn(model, "eca", attn_init="identity")
+        sites = plan_attn(model, "eca", attn_where="add", attn_init="identity")
         assert same_state(before, state(model))
         assert list(model.named_modules()) == modules
         assert torch.equal(torch.get_rng_state(), random)
         assert not hasattr(model, "attn_spec")
-        add_attn_(model, "eca", attn_init="identity")
+        add_attn_(model, "eca", attn_where="add", attn_init="identity")
         assert list(model.attn_sites) == sites
 
     @pytest.mark.parametrize("name", BACKBONES)
@@ -158,11 +177,11 @@ class TestPlanAndAdd:
             ({"attn_kwargs": {"kernel_sise": 3}}, "kernel_sise.*It takes kernel_size, gamma, beta"),
             ({"attn_kwargs": 3}, "attn_kwargs must be a mapping"),
             ({"attn_kwargs": [{}, {}]}, "attn_kwargs must be one mapping, or 4, one per stage, got 2"),
-            ({"attn_stages": (0, 1)}, r"attn_stages must be in range \[1, 4\], got \(0, 1\)"),
-            ({"attn_stages": 5}, r"attn_stages must be in range \[1, 4\], got \(5,\)"),
+            ({"attn_stages": (0, 1)}, r"attn_stages must be among 1, 2, 3, 4, got \(0, 1\)"),
+            ({"attn_stages": 5}, r"attn_stages must be among 1, 2, 3, 4, got \(5,\)"),
             ({"attn_stages": ()}, "attn_stages must be stage numbers such as"),
             ({"attn_stages": "3"}, "attn_stages must be stage numbers such as"),
-            ({"attn_where": "middle"}, "attn_where must be one of 'auto', 'end', got 'middle'"),
+            ({"attn_where": "middle"}, "attn_where must be one of 'auto', 'end', 'add', 'stage', got 'middle'"),
             ({"attn_init": "zero"}, "attn_init must be one of 'default', 'identity', got 'zero'"),
             ({"attn_layer": "cbam", "attn_init": "identity"}, "needs a layer with a method identity_init_"),
             ({"attn_kwargs": {"gate_layer": "tanh"}, "attn_init": "identity"}, "power of two"),
@@ -185,21 +204,8 @@ class TestPlanAndAdd:
             add_attn_(model, "se")
 
     def test_nothing_matched(self):
-        with pytest.raises(ValueError, match="this model has no place for channel attention: its class Sequential"):
+        with pytest.raises(ValueError, match="this model has no place for channel attention: Sequential"):
             plan_attn(nn.Sequential(nn.Conv2d(3, 8, 3)))
-
-    def test_a_norm_without_a_place_after_it(self):
-        model = timm.create_model("mobilenetv2_050", device="meta")
-        model.blocks[2][1].bn3 = nn.BatchNorm2d(16, device="meta")
-        with pytest.raises(ValueError, match=r"blocks.2.1.bn3 is a BatchNorm2d, which has no place"):
-            add_attn_(model)
-        assert not hasattr(model, "attn_spec")
-
-    def test_an_activation_stays(self):
-        model = timm.create_model("mobilenetv2_050", device="meta")
-        model.blocks[2][1].bn3.act = nn.ReLU6()
-        with pytest.raises(ValueError, match=r"blocks.2.1.bn3.act holds ReLU6, which attention must not replace"):
-            add_attn_(model)
 
 
 class TestIdentity:
@@ -247,7 +253,9 @@ class TestIdentity:
         norm = functools.partial(nn.BatchNorm2d, affine=False)
         model = timm.create_model("resnet18", norm_layer=norm, zero_init_last=False)
         before = list(model.named_modules())
-        with pytest.raises(ValueError, match=r"attn_init='identity' scales .* layer1.0.bn2, BatchNorm2d"):
+        with pytest.raises(
+            ValueError, match=r"attn_init='identity' needs norm weights that scale what layer1.0.se gates"
+        ):
             add_attn_(model, attn_init="identity")
         assert list(model.named_modules()) == before
 
@@ -307,10 +315,18 @@ class TestAsAModel:
 
     @pytest.mark.parametrize("name", BACKBONES)
     def test_meta(self, name):
-        model = timm.create_model(name, attn_layer="eca", attn_init="identity", device="meta")
-        assert all(p.is_meta for p in model.parameters())
+        identity = {"attn_layer": "eca", "attn_where": "add", "attn_init": "identity"}
+        assert all(p.is_meta for p in timm.create_model(name, device="meta", **identity).parameters())
         with torch.device("meta"):
-            assert all(p.is_meta for p in timm.create_model(name, attn_layer="eca", attn_init="identity").parameters())
+            assert all(p.is_meta for p in timm.create_model(name, **identity).parameters())
+
+    def test_identity_refuses_to_replace(self):
+        with pytest.raises(
+            ValueError, match=r"layer1.0.se squeeze-and-excitation \(SEModule\) would go.*attn_where='add'"
+        ):
+            timm.create_model("seresnet18", attn_layer="eca", attn_init="identity")
+        with pytest.raises(ValueError, match=r"blocks.0.0.se squeeze-and-excitation .* would go.*attn_where='add'"):
+            timm.create_model("efficientnet_b0", attn_layer="eca", attn_where="end", attn_init="identity")
 
     def test_gradient_in_every_weight(self, images):
         model = timm.create_model("resnet18", attn_layer="eca", zero_init_last=False)

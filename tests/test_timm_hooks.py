@@ -113,7 +113,7 @@ class TestOwnMeaning:
     def test_self_attention_is_left_alone(self, name):
         model = timm.create_model(name, attn_layer="diff", device="meta")
         assert any(type(m).__name__ == "DiffAttention" for m in model.modules())
-        with pytest.raises(ValueError, match=f"{name} is a transformer.*take channel attention: resnet50"):
+        with pytest.raises(ValueError, match=f"{name} has no place for channel attention"):
             timm.create_model(name, attn_layer="eca", device="meta")
 
     @pytest.mark.parametrize("name", ["resnet51q", "gernet_s", "nf_resnet26"])
@@ -121,19 +121,37 @@ class TestOwnMeaning:
         model = timm.create_model(name, attn_layer="eca", attn_kwargs={"kernel_size": 9}, device="meta")
         kernels = {m.conv.kernel_size for m in model.modules() if isinstance(m, EcaLayer)}
         assert kernels == {(9,)}
+        assert len(model.attn_sites) == sum(isinstance(m, EcaLayer) for m in model.modules())
         with pytest.raises(ValueError, match=f"timm places attn_layer in {name} itself.*attn_stages"):
             timm.create_model(name, attn_layer="eca", attn_stages=(3,), device="meta")
+        model = timm.create_model(name, attn_layer="eca", attn_where="end", attn_stages=(3,), device="meta")
+        assert {site.stage for site in model.attn_sites} == {3}
+
+    def test_plain_and_complete_checkpoints_where_timm_places_it(self):
+        plain = timm.create_model("seresnext26ts")
+        weights = {"state_dict": dict(plain.state_dict())}
+        model = timm.create_model("seresnext26ts", attn_layer="eca", pretrained=True, pretrained_cfg_overlay=weights)
+        assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items() if "attn" not in k)
+        half = {k: v for k, v in model.state_dict().items() if k != "stages.0.0.attn.conv.weight"}
+        with pytest.raises(ValueError, match=r"lacks stages.0.0.attn.conv.weight"):
+            model.load_state_dict(half, strict=False)
+
+    def test_timm_would_ignore_it(self):
+        assert len(timm.create_model("halonet_h1", attn_layer="eca", device="meta").attn_sites) == 19
+
+    @pytest.mark.parametrize("name", ["vitamin_small_224", "vit_small_r26_s32_224"])
+    def test_convolutional_stems_of_transformers(self, name):
+        assert len(timm.create_model(name, attn_layer="eca", device="meta").attn_sites) > 5
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        "name",
-        ["convnext_atto", "swin_tiny_patch4_window7_224", "vgg11", "efficientnet_b0", "res2net50_14w_8s", "resnest14d"],
-    )
-    def test_other_families(self, name):
-        with pytest.raises(ValueError, match=r"resnet50, resnext50_32x4d, mobilenetv2_100\.$") as error:
+    @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "resmlp_12_224", "levit_128", "pit_ti_224"])
+    def test_no_convolutional_block(self, name):
+        with pytest.raises(
+            ValueError, match=r"Models that take it: resnet50, mobilenetv2_100, convnext_tiny\.$"
+        ) as error:
             timm.create_model(name, attn_layer="eca", device="meta")
-        assert name in str(error.value)
+        assert str(error.value).startswith(f"{name} has no place for channel attention: ")
 
     def test_arguments_without_layer(self):
         with pytest.raises(ValueError, match="attn_stages given without attn_layer"):

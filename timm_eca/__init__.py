@@ -6,7 +6,7 @@ Importing the package registers its attention layers and models with timm:
 
 from importlib.metadata import version
 
-from .inject import add_attn_, attn_modules, plan_attn
+from .inject import add_attn_, attn_modules, attn_sites, plan_attn
 from .layers import EcaLayer, adaptive_kernel_size, get_attn, list_attns, register_attn
 from .placement import Site
 from .spec import AttnSpec
@@ -19,6 +19,7 @@ __all__ = [
     "adaptive_kernel_size",
     "add_attn_",
     "attn_modules",
+    "attn_sites",
     "get_attn",
     "install",
     "installed",

@@ -31,13 +31,14 @@ class LoadGuard:
     Attributes:
         spec: What the model carries.
         sites: Where it carries it.
-        stale_keys: Keys of the modules that gave way to attention, dropped from a checkpoint that has them.
+        stale: Keys of the tensors that gave way to attention, with their shapes; dropped from a checkpoint that has
+            them.
         empty_slots: Paths that stayed empty because of `attn_stages`; a checkpoint must not have weights there.
     """
 
     spec: AttnSpec
     sites: tuple[Site, ...]
-    stale_keys: tuple[str, ...] = ()
+    stale: tuple[tuple[str, torch.Size], ...] = ()
     empty_slots: tuple[str, ...] = ()
 
     def __call__(self, model: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
@@ -55,10 +56,11 @@ class LoadGuard:
 
     def _layer_tensors(self, model: nn.Module, prefix: str) -> StateDict:
         layers = {f"{prefix}{site.path}.": model.get_submodule(site.path) for site in self.sites}
-        return {path + key: tensor for path, layer in layers.items() for key, tensor in layer.state_dict().items()}
+        tensors = {path + key: tensor for path, layer in layers.items() for key, tensor in layer.state_dict().items()}
+        return tensors | {prefix + site.gain: model.get_buffer(site.gain) for site in self.sites if site.gain}
 
     def _drop_stale(self, state_dict: StateDict, prefix: str) -> None:
-        stale = [prefix + key for key in self.stale_keys if prefix + key in state_dict]
+        stale = [prefix + key for key, shape in self.stale if _has(state_dict, prefix + key, shape)]
         for key in stale:
             del state_dict[key]
         if stale:
@@ -77,7 +79,8 @@ class LoadGuard:
         if self.spec.attn_init == "identity":
             for site in self.sites:
                 _keep_identity(model, state_dict, prefix, site)
-        state_dict.update(self._layer_tensors(model, prefix))
+        for key, tensor in self._layer_tensors(model, prefix).items():
+            state_dict.setdefault(key, tensor)
         _logger.info(
             "The checkpoint has no attention weights: the %d %r layers keep their initial values.",
             len(self.sites),
@@ -86,11 +89,19 @@ class LoadGuard:
 
 
 def _keep_identity(model: nn.Module, state_dict: StateDict, prefix: str, site: Site) -> None:
-    """Scale the incoming norm as the layer's identity start needs it; the caller's tensors stay as they are."""
-    keys = [f"{prefix}{site.norm}.{name}" for name in ("weight", "bias")]
-    if keys[0] in state_dict:
-        factor = model.get_submodule(site.path).identity_init_()  # type: ignore[operator]
-        state_dict.update({key: state_dict[key] * factor for key in keys if key in state_dict})
+    """Scale the incoming weights as the layer's identity start needs it; the caller's tensors stay as they are."""
+    if f"{prefix}{site.like}.weight" not in state_dict:
+        return  # not this block's weights: a lenient load of a part
+    factor = model.get_submodule(site.path).identity_init_()  # type: ignore[operator]
+    for path in site.scales:
+        key = prefix + path.lstrip("/")
+        state_dict[key] = state_dict[key] * (1 / factor if path.startswith("/") else factor)
+    if site.gain:
+        state_dict[prefix + site.gain] = torch.full_like(model.get_buffer(site.gain), factor)
+
+
+def _has(state_dict: StateDict, key: str, shape: torch.Size) -> bool:
+    return key in state_dict and state_dict[key].shape == shape
 
 
 def _some(keys: list[str], count: int = 4) -> str:

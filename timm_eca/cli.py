@@ -19,6 +19,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write (default: %(default)s)")
     demo.add_argument("--epochs", type=int, default=10, help="epochs for each model (default: %(default)s)")
     demo.set_defaults(run=_demo)
+    plan = commands.add_parser("plan", help="show where attention goes in a model")
+    plan.add_argument("name", help="name of a timm model")
+    plan.add_argument("--attn", default="eca", help="name of the layer (default: %(default)s)")
+    plan.add_argument("--where", default="auto", help="auto, end, add or stage (default: %(default)s)")
+    plan.set_defaults(run=_plan)
+    coverage = commands.add_parser("coverage", help="build every timm model with ECA and tabulate where it sits")
+    coverage.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
+    coverage.add_argument("--out", type=Path, default=Path("docs"), help="folder of the tables (default: %(default)s)")
+    coverage.add_argument("--filter", default="", help="only names that match, such as 'resnet*'")
+    coverage.set_defaults(run=_coverage)
     return parser
 
 
@@ -26,6 +36,34 @@ def _demo(args: argparse.Namespace) -> None:
     from .demo import run_demo
 
     run_demo(args.out, args.epochs)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from .plan import plan_table
+
+    try:
+        print(plan_table(args.name, args.attn, args.where))
+    except (ValueError, RuntimeError) as error:  # timm's for an unknown model is a RuntimeError
+        raise CommandError(str(error)) from error
+
+
+def _coverage(args: argparse.Namespace) -> None:
+    import fnmatch
+
+    from tqdm import tqdm
+
+    from .coverage import survey, timm_names, write_tables
+
+    names = fnmatch.filter(timm_names(), args.filter or "*")
+    if not names or args.jobs < 1:
+        raise CommandError(f"--filter {args.filter!r} must match a model and --jobs be at least 1, got {args.jobs}.")
+    rows = list(tqdm(survey(names, args.jobs), total=len(names), unit="model"))
+    try:
+        write_tables(rows, args.out)
+    except OSError as error:
+        raise CommandError(f"cannot write to {args.out}: {error.strerror or error}.") from error
+    taking = sum(row.sites > 0 for row in rows)
+    print(f"{taking} of {len(rows)} models take the layer: {args.out}/coverage.md, {args.out}/coverage.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

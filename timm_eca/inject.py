@@ -10,11 +10,23 @@ import torch
 from torch import nn
 
 from .checkpoint import LoadGuard
+from .gating import Gate, gate_block_, gated_class
+from .identity import check_identity, identity_factors, scale_
 from .layers.registry import AttnLayer, get_attn
-from .placement import Site, find_sites
+from .placement import Site, find_sites, placed_site
 from .spec import AttnSpec
 
-__all__ = ["ConstructorWithAttn", "add_attn_", "attn_modules", "inject_", "label_", "plan_attn"]
+__all__ = [
+    "ConstructorByTimm",
+    "ConstructorWithAttn",
+    "add_attn_",
+    "attn_modules",
+    "attn_sites",
+    "inject_",
+    "label_wrapper_",
+    "plan_attn",
+    "restart_identity_",
+]
 
 _ModelT = TypeVar("_ModelT", bound=nn.Module)
 
@@ -73,16 +85,18 @@ def inject_(model: _ModelT, spec: AttnSpec, name: str | None = None) -> _ModelT:
     """Write a spec into a model: layers at their sites, `attn_spec` and `attn_sites`, the guard on loading."""
     sites = _checked_sites(model, spec, name)
     layers = [_build_layer(model, spec, site) for site in sites]
-    if spec.attn_init == "identity":
-        _start_as_identity_(model, spec, sites, layers)
+    factors = identity_factors(spec, layers)
     guard = LoadGuard(
         spec=spec,
         sites=tuple(sites),
-        stale_keys=tuple(key for site, layer in zip(sites, layers) for key in _stale_keys(model, site, layer)),
+        stale=tuple(entry for site, layer in zip(sites, layers) for entry in _stale(model, site, layer)),
         empty_slots=_empty_slots(model, spec, sites),
     )
-    for site, layer in zip(sites, layers):
-        _place_(model, site, layer)
+    for site, layer, factor in zip(sites, layers, factors):
+        scale_(model, site.scales, factor)
+        _place_(model, site, layer, factor)
+    for path, gates in _gates_by_block(sites).items():
+        gate_block_(model.get_submodule(path), gates)
     model.register_load_state_dict_pre_hook(guard)
     return label_(model, spec, guard.sites)
 
@@ -96,7 +110,20 @@ def label_(model: _ModelT, spec: AttnSpec, sites: tuple[Site, ...]) -> _ModelT:
 
 def attn_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that this package placed in a model, by module path."""
-    return {site.path: model.get_submodule(site.path) for site in getattr(model, "attn_sites", ())}
+    return {site.path: model.get_submodule(site.path) for site in attn_sites(model)}
+
+
+def label_wrapper_(wrapper: nn.Module, model: nn.Module) -> nn.Module:
+    """Set the label of a wrapper for feature extraction, with the paths that the model's layers have in it."""
+    paths = {id(module): path for path, module in wrapper.named_modules()}
+    sites = [(site, paths.get(id(model.get_submodule(site.path)))) for site in attn_sites(model)]
+    kept = tuple(replace(site, path=path) for site, path in sites if path is not None)
+    return label_(wrapper, model.attn_spec, kept)  # type: ignore[arg-type]
+
+
+def attn_sites(model: nn.Module) -> tuple[Site, ...]:
+    """Return where this package placed layers in a model."""
+    return getattr(model, "attn_sites", ())
 
 
 class ConstructorWithAttn(Generic[_ModelT]):
@@ -105,19 +132,48 @@ class ConstructorWithAttn(Generic[_ModelT]):
     As `model_cls` of timm's `build_model_with_cfg` it puts the layers in between construction and weight loading.
 
     Attributes:
-        sites: The sites in the model constructed last.
+        model: The model constructed last, also where timm wraps it for feature extraction later.
     """
 
     def __init__(self, model_cls: Callable[..., _ModelT], spec: AttnSpec, name: str):
         self.model_cls = model_cls
         self.name = name
         self.spec = spec
-        self.sites: tuple[Site, ...] = ()
+        self.model: _ModelT | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> _ModelT:
-        model = inject_(self.model_cls(*args, **kwargs), self.spec, self.name)
-        self.sites = model.attn_sites  # type: ignore[assignment]
-        return model
+        self.model = inject_(self.model_cls(*args, **kwargs), self.spec, self.name)
+        return self.model
+
+
+class ConstructorByTimm(ConstructorWithAttn[_ModelT]):
+    """A stand-in for a model class whose own configuration has `attn_layer`: timm's constructor places the layers."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _ModelT:
+        factory = get_attn(self.spec.attn_layer)
+        made: dict[nn.Module, int] = {}
+
+        def make(channels: int, **layer_kwargs: Any) -> nn.Module:
+            layer = factory(channels, **layer_kwargs)
+            made[layer] = channels
+            return layer
+
+        model = self.model_cls(*args, **kwargs, attn_layer=make, attn_kwargs=self.spec.kwargs_of(0))
+        sites = tuple(placed_site(model, path, made[m]) for path, m in model.named_modules() if m in made)
+        if not sites:  # some configurations have the argument and no block that heeds it
+            return super().__call__(*args, **kwargs)
+        plain = self.model_cls(*args, **{**kwargs, "device": "meta"})
+        stale = tuple(sorted(_shapes(plain) - _shapes(model)))
+        model.register_load_state_dict_pre_hook(LoadGuard(self.spec, sites, stale))
+        self.model = label_(model, self.spec, sites)
+        return self.model
+
+
+def restart_identity_(model: nn.Module) -> None:
+    """Start anew as identity, after plain weights were written into a model that had started so."""
+    for site in attn_sites(model):
+        layer: Any = model.get_submodule(site.path)
+        scale_(model, site.scales, layer.identity_init_())
 
 
 def _checked_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) -> list[Site]:
@@ -125,19 +181,10 @@ def _checked_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) ->
         raise ValueError(f"The model already carries attention: {model.attn_spec}. Start from one built without.")
     sites = find_sites(model, spec, name)
     if spec.attn_init == "identity":
-        for site in sites:
-            _check_scalable(model, site)
+        check_identity(sites)
+    for path, gates in _gates_by_block(sites).items():
+        gated_class(type(model.get_submodule(path)), gates)
     return sites
-
-
-def _check_scalable(model: nn.Module, site: Site) -> None:
-    norm = model.get_submodule(site.norm)
-    affine = isinstance(norm, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm))
-    if not affine or getattr(norm, "weight", None) is None:
-        raise ValueError(
-            f"attn_init='identity' scales the weight and bias of the norm before the layer, which it cannot do for"
-            f" {site.norm}, {norm}. Accepted: batch, group or layer norm with weight; or attn_init='default'."
-        )
 
 
 def _check_layer_args(spec: AttnSpec, site: Site) -> dict[str, Any]:
@@ -155,7 +202,7 @@ def _check_layer_args(spec: AttnSpec, site: Site) -> dict[str, Any]:
 
 def _build_layer(model: nn.Module, spec: AttnSpec, site: Site) -> nn.Module:
     kwargs = _check_layer_args(spec, site)
-    like: Any = model.get_submodule(site.conv).weight
+    like: Any = model.get_submodule(site.like).weight
     placed: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
     factory = get_attn(spec.attn_layer)
     known = inspect.signature(factory).parameters
@@ -167,25 +214,15 @@ def _build_layer(model: nn.Module, spec: AttnSpec, site: Site) -> nn.Module:
     return layer.to(**placed).train(model.training)
 
 
-def _start_as_identity_(model: nn.Module, spec: AttnSpec, sites: list[Site], layers: Sequence[Any]) -> None:
-    if not all(hasattr(layer, "identity_init_") for layer in layers):
-        raise ValueError(
-            f"attn_init='identity' needs a layer with a method identity_init_(); {spec.name!r} has none, 'eca' has."
-        )
-    for site, factor in zip(sites, [layer.identity_init_() for layer in layers]):
-        norm: Any = model.get_submodule(site.norm)
-        with torch.no_grad():
-            norm.weight.mul_(factor)
-            if norm.bias is not None:
-                norm.bias.mul_(factor)
+def _shapes(module: nn.Module, prefix: str = "") -> set[tuple[str, torch.Size]]:
+    return {(f"{prefix}{key}", tensor.shape) for key, tensor in module.state_dict().items()}
 
 
-def _stale_keys(model: nn.Module, site: Site, layer: nn.Module) -> list[str]:
-    """Return the state-dict keys of the module that gives way to a layer, but those that the layer has too."""
-    if site.replaces is None:
-        return []
-    stale = set(model.get_submodule(site.path).state_dict()) - set(layer.state_dict())
-    return sorted(f"{site.path}.{key}" for key in stale)
+def _stale(model: nn.Module, site: Site, layer: nn.Module) -> list[tuple[str, torch.Size]]:
+    """Return the tensors of the modules that give way to a layer, but those that fit the layer too."""
+    gone = [*site.removes, *([site.path] if site.replaces else [])]
+    stale = {entry for path in gone for entry in _shapes(model.get_submodule(path), f"{path}.")}
+    return sorted(stale - _shapes(layer, f"{site.path}."))
 
 
 def _empty_slots(model: nn.Module, spec: AttnSpec, sites: list[Site]) -> tuple[str, ...]:
@@ -195,17 +232,41 @@ def _empty_slots(model: nn.Module, spec: AttnSpec, sites: list[Site]) -> tuple[s
     return tuple(site.path for site in everywhere if site.replaces is None and site.path not in used)
 
 
-def _place_(model: nn.Module, site: Site, layer: nn.Module) -> None:
+def _place_(model: nn.Module, site: Site, layer: nn.Module, gain: float) -> None:
+    for path in site.removes:
+        _remove_(model, path)
     parent_path, _, name = site.path.rpartition(".")
     parent = model.get_submodule(parent_path)
     setattr(parent, name, layer)
-    # Where timm's own constructor puts it: the order of parameters is that of optimizer states in checkpoints.
-    norm = site.norm.rpartition(".")[2]
-    if norm in parent._modules:
-        children = OrderedDict(parent._modules)
-        children.pop(name)
-        parent._modules.clear()
-        for key, child in children.items():
-            parent._modules[key] = child
-            if key == norm:
-                parent._modules[name] = layer
+    like_path, _, anchor = site.like.rpartition(".")
+    if like_path == parent_path:
+        _move_after_(parent, name, anchor)
+    if site.gain is not None:
+        like: Any = model.get_submodule(site.like).weight
+        parent.register_buffer(site.gain.rpartition(".")[2], torch.full_like(like.detach().flatten()[0], gain))
+
+
+def _gates_by_block(sites: Sequence[Site]) -> dict[str, tuple[Gate, ...]]:
+    gates: dict[str, tuple[Gate, ...]] = {}
+    for site in sites:
+        if site.block is not None and site.gate is not None:
+            gates[site.block] = (*gates.get(site.block, ()), site.gate)
+    return gates
+
+
+def _remove_(model: nn.Module, path: str) -> None:
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    skipped_if_none = f"self.{name} is not None" in inspect.getsource(type(parent).forward)
+    setattr(parent, name, None if skipped_if_none else nn.Identity())
+
+
+def _move_after_(parent: nn.Module, name: str, anchor: str) -> None:
+    """Register a child where timm's constructor does: the order of parameters is that of saved optimizer states."""
+    children = OrderedDict(parent._modules)
+    layer = children.pop(name)
+    parent._modules.clear()
+    for key, child in children.items():
+        parent._modules[key] = child
+        if key == anchor:
+            parent._modules[name] = layer

@@ -1,65 +1,22 @@
-"""Where attention goes: rules from block classes to places, and the sites they give in one model.
+"""Where attention goes in one model: the table of blocks applied to its modules.
 
 The second of the three forms (spec, sites, model). Rules know blocks, not attention classes; planning only reads.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
-from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
+from .blocks import BLOCKS, NO_STAGE_OUTPUT, STAGE_NUMBERS, BlockRule
+from .gating import RETURN, Gate, gain_name
 from .spec import AttnSpec
+from .weights import has_scalable, lookup, output_channels, resolve, scaling_tensors, squeeze_channels
 
-__all__ = ["BLOCK_RULES", "FAMILIES", "BlockRule", "Site", "find_sites"]
+__all__ = ["EXAMPLES", "Site", "find_sites", "placed_site", "rule_key", "rules_of"]
 
-EXAMPLES = ("resnet50", "resnext50_32x4d", "mobilenetv2_100")
-
-
-class BlockRule(NamedTuple):
-    """Where a block's residual branch ends; all paths are relative to the block.
-
-    Attributes:
-        conv: Last convolution of the branch; its output channels are the layer's.
-        norm: Norm after it, whose output the layer gates.
-        slot: Attribute that the block calls right after the norm, empty in a plain block: here the layer goes.
-        inner: Attribute that may hold squeeze-and-excitation inside the branch.
-    """
-
-    conv: str
-    norm: str
-    slot: str
-    inner: str | None = None
-
-
-# In a ResNet the slot `se` is called after the last norm. EfficientNet-style blocks have their `se` inside the
-# branch; their last norm carries an activation, an identity at the end of a branch, which is called after it.
-BLOCK_RULES: dict[type[nn.Module], BlockRule] = {
-    BasicBlock: BlockRule(conv="conv2", norm="bn2", slot="se"),
-    Bottleneck: BlockRule(conv="conv3", norm="bn3", slot="se"),
-    DepthwiseSeparableConv: BlockRule(conv="conv_pw", norm="bn2", slot="bn2.act", inner="se"),
-    InvertedResidual: BlockRule(conv="conv_pwl", norm="bn3", slot="bn3.act", inner="se"),
-}
-
-Stages = list[tuple[str, nn.Module]]
-
-
-def _resnet_stages(model: nn.Module) -> Stages:
-    return [(name, child) for name, child in model.named_children() if name.startswith("layer")]
-
-
-def _efficientnet_stages(model: nn.Module) -> Stages:
-    return [(f"blocks.{i}", stage) for i, stage in enumerate(model.get_submodule("blocks").children())]
-
-
-FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Stages]] = {
-    ResNet: _resnet_stages,
-    EfficientNet: _efficientnet_stages,
-    EfficientNetFeatures: _efficientnet_stages,
-}
+EXAMPLES = ("resnet50", "mobilenetv2_100", "convnext_tiny")
 
 
 @dataclass(frozen=True)
@@ -70,17 +27,29 @@ class Site:
         path: Module path at which the layer goes.
         stage: Number of the stage, the first being 1.
         channels: Channels of the tensor that the layer gates.
-        conv: Path of the convolution that makes this tensor; the layer takes its device and dtype.
-        norm: Path of the norm after it; its weight and bias scale the tensor.
-        replaces: Class name of the module that gives way to the layer, None for an empty slot.
+        like: Path of the module whose weight tells the layer's device and dtype.
+        scales: Paths of the tensors that scale the gated tensor linearly, `/` before those that do so inversely;
+            empty where no tensor does.
+        block: Path of the block whose forward is made to call the layer, None where it does so already.
+        gate: How that forward calls the layer.
+        replaces: Class name of the module that gives way to the layer, None for an empty place.
+        removes: Paths of squeeze-and-excitation modules elsewhere in the block that give way too.
     """
 
     path: str
     stage: int
     channels: int
-    conv: str
-    norm: str
+    like: str
+    scales: tuple[str, ...] = ()
+    block: str | None = None
+    gate: Gate | None = None
     replaces: str | None = None
+    removes: tuple[str, ...] = ()
+
+    @property
+    def gain(self) -> str | None:
+        """Path of the buffer that scales the gated tensor where no weights of the model do, None elsewhere."""
+        return f"{self.block}.{gain_name(self.gate.child)}" if self.gate and self.gate.gain else None
 
 
 def find_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) -> list[Site]:
@@ -92,74 +61,173 @@ def find_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) -> lis
         name: The model's name for messages; by default the one in its `pretrained_cfg`.
 
     Raises:
-        ValueError: If the model's family or a block has no rule, the spec does not fit its stages, or a slot is
-            in use.
+        ValueError: If the model has no place for attention or the spec does not fit its stages.
     """
-    stages = _stages_of(model, name)
-    _check_stages(spec, len(stages))
-    wanted = spec.attn_stages or range(1, len(stages) + 1)
-    sites = [site for number in wanted for site in _stage_sites(number, *stages[number - 1])]
+    where = "end" if spec.attn_where == "stage" else spec.attn_where
+    sites = [site for path, module in model.named_modules() for site in _block_sites(model, path, module, where)]
     if not sites:
-        raise ValueError(f"No block of {type(model).__name__} takes attention in stages {tuple(wanted)}.")
-    return sites
-
-
-def _stages_of(model: nn.Module, name: str | None) -> Stages:
-    family = FAMILIES.get(type(model))
-    stages = family(model) if family else []
-    reason = _why_not(stages) if family else f"its class {type(model).__name__} has no rule"
-    if reason:
         name = name or (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "this model"
         raise ValueError(
-            f"{name} has no place for channel attention: {reason}. Models that take it: {', '.join(EXAMPLES)}."
+            f"{name} has no place for channel attention: {type(model).__name__} has no convolutional block that is"
+            f" known. Models that take it: {', '.join(EXAMPLES)}."
         )
-    return stages
+    if spec.attn_where == "stage":
+        sites = _stage_sites(model, sites)
+    _check_stages(spec, sites)
+    return [site for site in sites if spec.attn_stages is None or site.stage in spec.attn_stages]
 
 
-def _why_not(stages: Stages) -> str | None:
-    blocks = [(f"{prefix}.{name}", block) for prefix, stage in stages for name, block in stage.named_children()]
-    unknown = {type(block) for _, block in blocks} - BLOCK_RULES.keys()
-    if unknown:
-        return f"its blocks of class {', '.join(sorted(cls.__name__ for cls in unknown))} have no rule"
-    for path, block in blocks:
-        inner = BLOCK_RULES[type(block)].inner
-        if inner and not isinstance(getattr(block, inner), nn.Identity):
-            return f"{path}.{inner}, {type(getattr(block, inner)).__name__} inside the branch, has no rule"
-    return None
+def placed_site(model: nn.Module, path: str, channels: int) -> Site:
+    """Return the site of a layer that a model's own constructor placed."""
+    return Site(path=path, stage=_stage_number(model, path), channels=channels, like=path)
 
 
-def _check_stages(spec: AttnSpec, count: int) -> None:
-    outside = [n for n in spec.attn_stages or () if not 1 <= n <= count]
-    if outside:
-        raise ValueError(f"attn_stages must be in range [1, {count}], got {spec.attn_stages}.")
-    if isinstance(spec.attn_kwargs, tuple) and len(spec.attn_kwargs) != count:
+def _check_stages(spec: AttnSpec, sites: list[Site]) -> None:
+    numbers = sorted({site.stage for site in sites})
+    if set(spec.attn_stages or ()) - set(numbers):
+        raise ValueError(f"attn_stages must be among {', '.join(map(str, numbers))}, got {spec.attn_stages}.")
+    if isinstance(spec.attn_kwargs, tuple) and len(spec.attn_kwargs) != numbers[-1]:
         raise ValueError(
-            f"attn_kwargs must be one mapping, or {count}, one per stage, got {len(spec.attn_kwargs)} mappings."
+            f"attn_kwargs must be one mapping, or {numbers[-1]}, one per stage, got {len(spec.attn_kwargs)} mappings."
         )
 
 
-def _stage_sites(number: int, prefix: str, stage: nn.Module) -> Iterator[Site]:
-    for name, block in stage.named_children():
-        rule = BLOCK_RULES[type(block)]
-        path = f"{prefix}.{name}"
-        yield Site(
-            path=f"{path}.{rule.slot}",
-            stage=number,
-            channels=block.get_submodule(rule.conv).out_channels,  # type: ignore[arg-type]
-            conv=f"{path}.{rule.conv}",
-            norm=f"{path}.{rule.norm}",
-            replaces=_occupant(path, block, rule),
-        )
+def rule_key(cls: type) -> str:
+    """Return the key of a class in the table of blocks."""
+    return f"{cls.__module__.rpartition('.')[2]}:{cls.__name__}"
 
 
-def _occupant(path: str, block: nn.Module, rule: BlockRule) -> str | None:
-    parent_path, _, name = rule.slot.rpartition(".")
-    parent = block.get_submodule(parent_path)
-    if not hasattr(parent, name):
-        raise ValueError(f"{path}.{parent_path} is a {type(parent).__name__}, which has no place for a layer after it.")
-    occupant = getattr(parent, name)
-    if occupant is None or isinstance(occupant, nn.Identity):
-        return None
-    if parent_path:  # an activation must stay; what a block calls `se` may go
-        raise ValueError(f"{path}.{rule.slot} holds {type(occupant).__name__}, which attention must not replace.")
-    return type(occupant).__name__
+def rules_of(model: nn.Module, block: nn.Module) -> list[BlockRule]:
+    """Return the rows that hold for a block: for each of its children the first."""
+    family = rule_key(type(model)).partition(":")[0]
+    held: dict[str, BlockRule] = {}
+    for rule in BLOCKS.get(rule_key(type(block)), ()):
+        if rule.family in (None, family) and (rule.when is None or _truth(lookup(block, rule.when))):
+            held.setdefault(rule.child, rule)
+    return list(held.values())
+
+
+def _truth(value: object) -> bool:
+    return value is not None and value is not False
+
+
+def _block_sites(model: nn.Module, path: str, block: nn.Module, where: str) -> Iterator[Site]:
+    for rule in rules_of(model, block):
+        stage = _stage_number(model, path)
+        inner = [name for name in rule.se if _occupied(block, name)]
+        if inner and where == "auto":
+            yield _site_of_se(path, block, rule, stage, inner[0])
+        elif rule.slot is not None and not (_occupied(block, rule.slot) and where == "add"):
+            yield _site_in_slot(path, block, rule, stage, inner if where == "end" else [])
+        else:
+            yield _site_of_gate(model, path, block, rule, stage, inner if where == "end" else [])
+
+
+def _site_of_se(path: str, block: nn.Module, rule: BlockRule, stage: int, name: str) -> Site:
+    """The place of squeeze-and-excitation inside the branch."""
+    module = block.get_submodule(name)
+    return Site(
+        path=f"{path}.{name}",
+        stage=stage,
+        channels=squeeze_channels(module) or sum(output_channels(block, n) for n in rule.width),
+        like=f"{path}.{resolve(block, rule.width[0])}",
+        replaces=type(module).__name__,
+    )
+
+
+def _site_in_slot(path: str, block: nn.Module, rule: BlockRule, stage: int, removed: list[str]) -> Site:
+    """The attribute that the block calls at the end of its branch."""
+    occupied = _occupied(block, str(rule.slot))
+    return Site(
+        path=f"{path}.{rule.slot}",
+        stage=stage,
+        channels=sum(output_channels(block, name) for name in rule.width),
+        like=f"{path}.{resolve(block, rule.width[0])}",
+        scales=tuple(f"{path}.{tensor}" for tensor in scaling_tensors(block, rule))
+        if has_scalable(block, rule)
+        else (),
+        replaces=type(block.get_submodule(str(rule.slot))).__name__ if occupied else None,
+        removes=tuple(f"{path}.{name}" for name in removed),
+    )
+
+
+def _site_of_gate(
+    model: nn.Module, path: str, block: nn.Module, rule: BlockRule, stage: int, removed: list[str]
+) -> Site:
+    """A new child at the end of the branch, behind what the slot holds where there is one."""
+    kept = rule.slot if rule.slot and _occupied(block, rule.slot) else None
+    tensors = scaling_tensors(block, rule, kept) if has_scalable(block, rule, kept) else []
+    gate = Gate(rule.child, str(rule.keep) if kept else rule.gate, rule.nhwc, gain=not tensors)
+    source = _convolution_before(model, path) if rule.width == ("<",) else None
+    return Site(
+        path=f"{path}.{rule.child}",
+        stage=stage,
+        channels=output_channels(model, source) if source else sum(output_channels(block, n) for n in rule.width),
+        like=source or f"{path}.{resolve(block, rule.width[0])}",
+        scales=tuple(f"/{path}.{t[1:]}" if t.startswith("/") else f"{path}.{t}" for t in tensors),
+        block=path,
+        gate=gate,
+        removes=tuple(f"{path}.{name}" for name in removed),
+    )
+
+
+def _occupied(block: nn.Module, path: str) -> bool:
+    module = lookup(block, path)
+    return module is not None and not isinstance(module, nn.Identity)
+
+
+def _convolution_before(model: nn.Module, path: str) -> str:
+    parent_path, _, name = path.rpartition(".")
+    last = ""
+    for sibling, module in model.get_submodule(parent_path).named_children():
+        if sibling == name:
+            break
+        last = sibling if isinstance(module, nn.Conv2d) else last
+    return f"{parent_path}.{last}"
+
+
+def _numbered(path: str) -> int | None:
+    """Return the index of the first part of a module path that has a digit."""
+    return next((i for i, part in enumerate(path.split(".")) if re.search(r"\d", part)), None)
+
+
+def _stage_number(model: nn.Module, path: str) -> int:
+    """Number a block's stage by its path: `layer1`, `blocks.0` and `stages.0` are the first."""
+    parts = path.split(".")
+    named = STAGE_NUMBERS.get(rule_key(type(model)).partition(":")[0], {}).get(parts[0])
+    index = _numbered(path)
+    if named is not None or index is None:
+        return named or 1
+    number = int(re.findall(r"\d+", parts[index])[0])
+    return number + 1 if parts[index].isdigit() else number
+
+
+def _stage_sites(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Return one site at the end of each stage, which is the last of its containers that holds blocks."""
+    family = rule_key(type(model)).partition(":")[0]
+    if family in NO_STAGE_OUTPUT:
+        raise ValueError(f"attn_where='stage' fits no model of {family}: its stages give no single tensor to gate.")
+    last = {site.stage: site for site in sites}
+    return [_stage_site(model, number, site) for number, site in sorted(last.items())]
+
+
+def _stage_site(model: nn.Module, number: int, last: Site) -> Site:
+    parts = last.path.split(".")
+    index = _numbered(last.path)
+    path = ".".join(parts[: (index or 0) + 1])
+    container = model.get_submodule(path)
+    gate = (
+        None
+        if type(container) is nn.Sequential
+        else Gate("attn_stage", RETURN, nhwc=getattr(model, "output_fmt", "NCHW") == "NHWC", gain=True)
+    )
+    info = getattr(model, "feature_info", None) or []
+    widths = {i.get("module"): i.get("num_chs") for i in getattr(info, "info", info)}
+    return Site(
+        path=f"{path}.attn_stage",
+        stage=number,
+        channels=widths.get(path) or last.channels,
+        like=last.like,
+        block=None if gate is None else path,
+        gate=gate,
+    )

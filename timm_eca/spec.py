@@ -8,7 +8,7 @@ from .layers.registry import AttnLayer, get_attn
 
 __all__ = ["ATTN_ARGS", "INITS", "PLACEMENTS", "AttnSpec"]
 
-PLACEMENTS = ("auto", "end")
+PLACEMENTS = ("auto", "end", "add", "stage")
 INITS = ("default", "identity")
 
 
@@ -23,7 +23,8 @@ class AttnSpec:
         attn_kwargs: Keyword arguments of the layer; a sequence of such mappings gives one to each stage.
         attn_stages: Numbers of the stages that carry the layer, the first stage being 1. None: all.
         attn_where: 'auto': where the paper puts it, in place of squeeze-and-excitation where a block carries it.
-            'end': at the end of the residual branch, right before the addition.
+            'end': at the end of the residual branch, right before the addition; squeeze-and-excitation goes.
+            'add': the same, and squeeze-and-excitation stays. 'stage': once, at the end of each stage.
         attn_init: 'default': the layer's own. 'identity': the model computes what it computed without the layer.
     """
 

@@ -20,7 +20,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .inject import ConstructorWithAttn, label_
+from .inject import ConstructorByTimm, ConstructorWithAttn, label_wrapper_, restart_identity_
 from .layers import EcaLayer
 from .layers import registry as attn_registry
 from .models import ENTRYPOINTS
@@ -65,41 +65,50 @@ def _get_attn(attn_type: Any) -> Any:
 @_hook(_timm_build_model_with_cfg)
 def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, *args, **kwargs):
     asked = {name: kwargs[name] for name in ATTN_ARGS if kwargs.get(name) is not None}
-    if _names_self_attention(variant, model_cls, asked, kwargs.get("cfg")) or _placed_by_timm(variant, asked, kwargs):
+    if _names_self_attention(variant, model_cls, asked, kwargs.get("cfg")):
         return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ATTN_ARGS}
     if not asked:
         return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
     spec = _spec(asked)
     _check_pruned(variant, spec, kwargs)
-    construct = ConstructorWithAttn(model_cls, spec, variant)
+    by_timm = _placed_by_timm(variant, spec, asked, kwargs.get("model_cfg"))
+    construct = (ConstructorByTimm if by_timm else ConstructorWithAttn)(model_cls, spec, variant)
     model = _timm_build_model_with_cfg(construct, variant, pretrained, *args, **kwargs)
-    return label_(model, spec, construct.sites)  # a feature wrapper says the same of itself as the model in it
+    inner: Any = construct.model
+    if pretrained and spec.attn_init == "identity" and model.pretrained_cfg.get("custom_load"):
+        restart_identity_(inner)  # the model read foreign weights by itself, past the guard on loading
+    return model if hasattr(model, "attn_spec") else label_wrapper_(model, inner)
 
 
 def _names_self_attention(variant: str, model_cls: Any, asked: dict[str, Any], cfg: Any) -> bool:
     """Whether `attn_layer` names a model's self-attention, which this package leaves alone."""
     if not (isinstance(model_cls, type) and issubclass(model_cls, (VisionTransformer, NaFlexVit))):
         return False
-    layer = asked.get("attn_layer", getattr(cfg, "attn_layer", None))
-    if set(asked) - {"attn_layer"} or (isinstance(layer, str) and layer.lower() in attn_registry.list_attns()):
+    if _is_registered(getattr(cfg, "attn_layer", None)):
         raise ValueError(
-            f"{variant} is a transformer without convolutional blocks, where attn_layer names the self-attention; got"
-            f" {asked or {'attn_layer': layer}}. Models that take channel attention: {', '.join(EXAMPLES)}."
+            f"{variant} has no place for channel attention: it has no convolutional block, and its attn_layer names"
+            f" the self-attention, got {cfg.attn_layer!r}. Models that take it: {', '.join(EXAMPLES)}."
         )
-    return True
+    return not asked or (set(asked) == {"attn_layer"} and not _is_registered(asked["attn_layer"]))
 
 
-def _placed_by_timm(variant: str, asked: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+def _is_registered(layer: Any) -> bool:
+    return isinstance(layer, str) and layer.lower() in attn_registry.list_attns()
+
+
+def _placed_by_timm(variant: str, spec: AttnSpec, asked: dict[str, Any], cfg: Any) -> bool:
     """Whether timm's own configuration of a model has `attn_layer` and places the layer itself."""
-    cfg = kwargs.get("model_cfg")
     fields = {f.name for f in dataclasses.fields(cfg)} if dataclasses.is_dataclass(cfg) else set()
-    if not asked or "attn_layer" not in fields:
+    if not {"attn_layer", "attn_kwargs"} <= fields or spec.attn_where != "auto":
         return False
-    if set(asked) - fields:
+    more = sorted({"attn_stages", "attn_init"} & set(asked)) + ["attn_kwargs per stage"] * (
+        not isinstance(spec.attn_kwargs, dict)
+    )
+    if more:
         raise ValueError(
-            f"timm places attn_layer in {variant} itself; it takes attn_layer and attn_kwargs,"
-            f" got {', '.join(sorted(set(asked) - fields))} too."
+            f"timm places attn_layer in {variant} itself and takes attn_layer and attn_kwargs, got"
+            f" {', '.join(more)} too. For these say attn_where='end' or 'add'."
         )
     return True
 

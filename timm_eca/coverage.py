@@ -1,0 +1,128 @@
+"""Which of timm's models take attention, and where: every name is built, none is assumed."""
+
+import json
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from .inject import attn_sites
+from .models import ENTRYPOINTS
+from .placement import Site
+from .timm_hooks import install
+
+__all__ = ["Coverage", "coverage_of", "markdown", "survey", "timm_names", "write_tables"]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What `timm.create_model(name, attn_layer='eca')` does.
+
+    Attributes:
+        name: The model.
+        module: timm's module that holds it.
+        sites: Number of layers placed.
+        places: Where they sit: class of the block and what of it passes through the layer.
+        refusal: The error's text where the model takes none.
+    """
+
+    name: str
+    module: str
+    sites: int = 0
+    places: tuple[str, ...] = ()
+    refusal: str = ""
+
+
+def timm_names() -> list[str]:
+    """Return the names of all models of timm's own."""
+    own = {entrypoint.__name__ for entrypoint in ENTRYPOINTS}
+    return [name for name in timm.list_models() if name not in own]
+
+
+def coverage_of(name: str, attn_layer: str = "eca") -> Coverage:
+    """Build one model without memory for its weights and say what became of the layer."""
+    module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    try:
+        model = timm.create_model(name, attn_layer=attn_layer, device="meta")
+    except ValueError as error:
+        return Coverage(name, module, refusal=str(error))
+    sites = attn_sites(model)
+    return Coverage(name, module, len(sites), tuple(sorted({_place(model, site) for site in sites})))
+
+
+def _place(model: nn.Module, site: Site) -> str:
+    parent_path, _, slot = site.path.rpartition(".")
+    block = type(model.get_submodule(parent_path)).__name__.removesuffix("WithAttn")
+    return f"{block} `{site.gate.expressions}`" if site.gate else f"{block} `.{slot}`"
+
+
+def survey(names: Sequence[str], jobs: int = 1) -> Iterator[Coverage]:
+    """Yield the coverage of many models, in as many processes as asked for."""
+    if jobs == 1:
+        yield from map(_quiet_coverage_of, names)
+        return
+    with get_context("spawn").Pool(jobs, initializer=_import_package) as pool:
+        yield from pool.imap(_quiet_coverage_of, names, chunksize=8)
+
+
+def _import_package() -> None:
+    install()  # the doors into timm, in a new process
+
+
+def _quiet_coverage_of(name: str) -> Coverage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            return coverage_of(name)
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def markdown(rows: Iterable[Coverage]) -> str:
+    """Return the table of the documentation: one line a module of timm."""
+    by_module: dict[str, list[Coverage]] = defaultdict(list)
+    for row in rows:
+        by_module[row.module].append(row)
+    taking = {m: found for m, found in by_module.items() if any(row.sites for row in found)}
+    lines = [
+        f"`timm.create_model(name, attn_layer='eca')` for all {sum(map(len, by_module.values())):,} models of timm"
+        f" {timm.__version__}; braces stand around the tensor that passes through the layer, a leading dot is a slot of"
+        " the block that calls it.",
+        "",
+        "| module | models | take it | layers in each | where |",
+        "|---|---|---|---|---|",
+    ]
+    for module, found in sorted(taking.items()):
+        counts = [row.sites for row in found if row.sites]
+        places = sorted({place for row in found for place in row.places})
+        spread = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        where = "<br>".join(place.replace("|", "\\|") for place in places)
+        lines.append(f"| {module} | {len(found)} | {len(counts)} | {spread} | {where} |")
+    lines += ["", "## Refused", "", "| module | models | why |", "|---|---|---|"]
+    for module, found in sorted(by_module.items()):
+        for names, why in _refusals(found):
+            lines.append(f"| {module} | {names} | {why} |")
+    return "\n".join(lines) + "\n"
+
+
+def _refusals(found: list[Coverage]) -> list[tuple[str, str]]:
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for row in found:
+        if row.refusal:
+            reasons[row.refusal.replace(row.name, "the model").partition(" Models that take it")[0]].append(row.name)
+    return [(", ".join(names) if len(names) < 4 else f"{len(names)}", why) for why, names in reasons.items()]
+
+
+def write_tables(rows: Sequence[Coverage], folder: Path) -> None:
+    """Write coverage.md, the table, and coverage.json, the number of layers in each model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "coverage.md").write_text(f"# Which of timm's models take attention\n\n{markdown(rows)}")
+    data = {"timm": timm.__version__, "models": [asdict(row) for row in rows]}
+    (folder / "coverage.json").write_text(json.dumps(data, indent=0) + "\n")

@@ -1,0 +1,175 @@
+"""Blocks whose forward passes one tensor through an attention layer.
+
+Most of timm's blocks have no place for a layer at the end of their branch. Here a block's class gets a subclass whose
+`forward` is timm's own with one expression wrapped: `self.bn3(x)` becomes `self.attn_last(self.bn3(x))`, and the layer
+is a child of the block. Hooks on norms and convolutions, and wrappers around them, get lost when norms are converted
+(SyncBatchNorm, frozen norms) or branches are fused; a child that the block itself calls does not. The result is
+ordinary source code: TorchScript, fx, export and `torch.compile` treat it as they treat timm's.
+"""
+
+import ast
+import inspect
+import linecache
+import sys
+import textwrap
+from typing import Any, NamedTuple
+
+from torch import nn
+
+__all__ = ["RETURN", "Gate", "gain_name", "gate_block_", "gated_class"]
+
+RETURN = "return"
+
+
+class Gate(NamedTuple):
+    """One tensor of a forward that passes through one child.
+
+    Attributes:
+        child: Name of the child.
+        expressions: Expressions of forward with braces around what is gated, such as `{self.bn3(x)}`, separated by
+            ` | ` where several say the same; all occurrences are gated. `RETURN` stands for what forward returns.
+        nhwc: Whether the tensor is (B, H, W, C); the child gets (B, C, H, W) all the same.
+        gain: Whether the tensor is multiplied by the block's buffer `gain_name(child)` first.
+    """
+
+    child: str
+    expressions: str
+    nhwc: bool = False
+    gain: bool = False
+
+    def call(self, expression: str) -> str:
+        """Return the source that stands for an expression of forward."""
+        if self.gain:
+            expression = f"({expression}) * self.{gain_name(self.child)}"
+        if self.nhwc:
+            return f"(self.{self.child}(({expression}).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))"
+        return f"(self.{self.child}({expression}))"
+
+
+def gain_name(child: str) -> str:
+    """Return the name of the buffer that scales what a child gates."""
+    return f"{child}_gain"
+
+
+def gate_block_(block: nn.Module, gates: tuple[Gate, ...]) -> None:
+    """Make a block call the children named by its gates. The block's class changes to a subclass of it."""
+    block.__class__ = gated_class(type(block), gates)
+
+
+_classes: dict[tuple[type[nn.Module], tuple[Gate, ...]], type[nn.Module]] = {}
+
+
+def gated_class(block_cls: type[nn.Module], gates: tuple[Gate, ...]) -> type[nn.Module]:
+    """Return the subclass of a block's class whose forward passes tensors through children.
+
+    Raises:
+        ValueError: If the source of forward cannot be had or an expression is not in it.
+    """
+    if (block_cls, gates) not in _classes:
+        _classes[block_cls, gates] = _gated_class(block_cls, gates)
+    return _classes[block_cls, gates]
+
+
+def _gated_class(block_cls: type[nn.Module], gates: tuple[Gate, ...]) -> type[nn.Module]:
+    function = _forward_of(block_cls)
+    for gate in gates:
+        for expression in gate.expressions.split(" | "):
+            _insert(function, block_cls, gate, expression)
+    name = f"{block_cls.__name__}WithAttn"
+    namespace: dict[str, Any] = {}
+    code = _compiled(function, f"<{name} of {block_cls.__module__} {hash(gates):x}>")
+    exec(code, vars(sys.modules[block_cls.forward.__module__]), namespace)
+    forward = namespace["forward"]
+    forward.__qualname__ = f"{name}.forward"
+    made_from = (block_cls, gates)
+    members = {"forward": forward, "__module__": __name__, "__reduce_ex__": _reduce, "_made_from": made_from}
+    return type(name, (block_cls,), members | {fusion: _Absent() for fusion in FUSIONS if hasattr(block_cls, fusion)})
+
+
+FUSIONS = ("fuse", "reparameterize", "switch_to_deploy")
+"""Methods by which timm fuses a block into one convolution, which would drop the layer; its children still fuse."""
+
+
+class _Absent:
+    """A class attribute that instances lack."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        raise AttributeError(f"a block with attention has no {self.name}()")
+
+
+def _reduce(block: Any, protocol: int) -> tuple[Any, ...]:
+    """How pickle and copy make such a block again: its class is not one that can be imported."""
+    return _make, block._made_from, block.__dict__
+
+
+def _make(block_cls: type[nn.Module], gates: tuple[Gate, ...]) -> nn.Module:
+    cls = gated_class(block_cls, gates)
+    return cls.__new__(cls)
+
+
+def _forward_of(block_cls: type[nn.Module]) -> ast.FunctionDef:
+    try:
+        source = textwrap.dedent(inspect.getsource(block_cls.forward))
+    except (OSError, TypeError) as error:
+        message = f"Attention goes into the source of {block_cls.__name__}.forward, which cannot be had."
+        raise ValueError(message) from error
+    function = ast.parse(source).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    return function
+
+
+def _insert(function: ast.FunctionDef, block_cls: type[nn.Module], gate: Gate, expression: str) -> None:
+    if expression == RETURN:
+        editor: _Editor = _ReturnEditor(gate)
+    else:
+        gated = expression[expression.index("{") + 1 : expression.rindex("}")]
+        editor = _ExpressionEditor(
+            before=_parsed(expression.replace("{" + gated + "}", f"({gated})")),
+            after=_parsed(expression.replace("{" + gated + "}", gate.call(gated))),
+        )
+    editor.visit(function)
+    if not editor.count:
+        raise ValueError(f"{block_cls.__name__}.forward has no expression {expression}.")
+
+
+def _parsed(source: str) -> ast.expr:
+    return ast.parse(source, mode="eval").body
+
+
+class _Editor(ast.NodeTransformer):
+    count = 0
+
+
+class _ExpressionEditor(_Editor):
+    """Replaces every occurrence of one expression by another."""
+
+    def __init__(self, before: ast.expr, after: ast.expr):
+        self.before, self.after = ast.dump(before), after
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        if isinstance(node, ast.expr) and ast.dump(node) == self.before:
+            self.count += 1
+            return self.after
+        return super().generic_visit(node)
+
+
+class _ReturnEditor(_Editor):
+    """Gates the value of every return statement."""
+
+    def __init__(self, gate: Gate):
+        self.gate = gate
+
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        if node.value is not None:
+            self.count += 1
+            node.value = _parsed(self.gate.call(ast.unparse(node.value)))
+        return node
+
+
+def _compiled(function: ast.FunctionDef, filename: str) -> Any:
+    source = ast.unparse(ast.fix_missing_locations(function)) + "\n"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # TorchScript reads it there
+    return compile(source, filename, "exec")

@@ -1,0 +1,105 @@
+"""What a block's weights tell: widths, and which tensors scale the end of its branch. Reads only."""
+
+from collections.abc import Iterator
+from functools import reduce
+
+from torch import nn
+
+from .blocks import BlockRule
+
+__all__ = ["has_scalable", "lookup", "output_channels", "resolve", "scaling_tensors", "squeeze_channels"]
+
+
+def lookup(module: nn.Module, path: str) -> object:
+    """Return what is at an attribute path, None where it ends early. A negative number counts from a list's end."""
+
+    def step(current, name):
+        if name.lstrip("-").isdigit():
+            children = list(current.children()) if isinstance(current, (nn.Sequential, nn.ModuleList)) else []
+            return children[int(name)] if -len(children) <= int(name) < len(children) else None
+        return getattr(current, name, None)
+
+    return reduce(step, path.split("."), module)
+
+
+def resolve(module: nn.Module, path: str) -> str:
+    """Return a path with negative numbers replaced by the modules' names."""
+    parts: list[str] = []
+    for name in path.split("."):
+        parent = module.get_submodule(".".join(parts))
+        parts.append(list(dict(parent.named_children()))[int(name)] if name.startswith("-") else name)
+    return ".".join(parts)
+
+
+def output_channels(module: nn.Module, path: str) -> int:
+    """Return the output channels of the convolution, linear layer or norm at a path."""
+    found = module.get_submodule(resolve(module, path))
+    for attribute in ("out_channels", "out_features", "num_features", "num_channels"):
+        if hasattr(found, attribute):
+            return int(getattr(found, attribute))
+    return len(getattr(found, "weight"))  # noqa: B009
+
+
+def squeeze_channels(module: nn.Module) -> int | None:
+    """Return the channels that a squeeze-and-excitation module takes, None if no convolution of it tells."""
+    first = next((m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
+    return None if first is None else int(first.weight.shape[1])
+
+
+def scaling_tensors(block: nn.Module, rule: BlockRule, kept: str | None = None) -> list[str]:
+    """Return the tensors that scale the end of a branch linearly, `/` before those that do so inversely.
+
+    Args:
+        block: The block.
+        rule: Its row.
+        kept: Path of a squeeze-and-excitation module through which the branch passes after these tensors: its gates
+            stay as they are if its first weight shrinks as its input grows.
+    """
+    tensors = []
+    for entry in rule.width if rule.scale is None else rule.scale:
+        sign = "/" if entry.startswith("/") else ""
+        tensors += [sign + tensor for tensor in _tensors(block, entry.lstrip("/"))]
+    return tensors + ([f"/{kept}.{_first_weight(block, kept)}"] if kept else [])
+
+
+def _tensors(block: nn.Module, name: str) -> Iterator[str]:
+    head, star, tail = name.partition(".*")
+    if star:
+        many = lookup(block, head)
+        for index in range(len(many)) if isinstance(many, (nn.ModuleList, nn.Sequential)) else ():
+            yield from _tensors(block, f"{head}.{index}{tail}")
+        return
+    found = lookup(block, name)
+    if isinstance(found, nn.Module):
+        resolved = resolve(block, name)
+        yield from (f"{resolved}.{n}" for n in ("weight", "bias") if getattr(found, n, None) is not None)
+    elif found is not None:
+        yield name
+
+
+def _first_weight(block: nn.Module, kept: str) -> str | None:
+    names = ("fc1.weight", "fc.weight", "conv.weight")
+    return next((name for name in names if lookup(block, f"{kept}.{name}") is not None), None)
+
+
+_LINEAR = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.Conv2d, nn.Linear)
+_HOMOGENEOUS = (nn.Identity, nn.ReLU, nn.LeakyReLU)
+
+
+def has_scalable(block: nn.Module, rule: BlockRule, kept: str | None = None) -> bool:
+    """Whether twice the scaling tensors give exactly twice the end of the branch."""
+    if kept is not None and _first_weight(block, kept) is None:
+        return False
+    tensors = [t for t in scaling_tensors(block, rule) if not t.startswith("/")]
+    owners = {t.rpartition(".")[0] for t in tensors}
+    return bool(tensors) and all(_is_scalable(block, rule, owner) for owner in owners)
+
+
+def _is_scalable(block: nn.Module, rule: BlockRule, path: str) -> bool:
+    module = block.get_submodule(path)
+    if f"{path}.gain" in (rule.scale or ()):  # a standardised convolution's weight does not scale it, its gain does
+        return True
+    linear = isinstance(module, _LINEAR) and "StdConv" not in type(module).__name__
+    parent = block.get_submodule(path.rpartition(".")[0])
+    acts = [getattr(owner, "act", None) for owner in (module, parent) if owner is not block]
+    return linear and all(act is None or isinstance(act, _HOMOGENEOUS) for act in acts)
