@@ -12,6 +12,7 @@ import timm_eca
 MODULES = [m.name for m in pkgutil.walk_packages(timm_eca.__path__, "timm_eca.")]
 # Each may import from those before it, and from itself.
 STREET = [
+    "checkout",
     "errors",
     "outputs",
     "layers",
@@ -21,6 +22,7 @@ STREET = [
     "inject",
     "models",
     "timm_hooks",
+    "scripts",
     "demo",
     "cli",
 ]
