@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-SMALL = Path(__file__).parent / "small_train.py"
+HERE = Path(__file__).parent
 
 
-def make_checkout(folder: Path, version: str = "1.0.28") -> Path:
+def make_checkout(folder: Path, version: str = "1.0.28", script: str = "small_train.py") -> Path:
     (folder / "timm").mkdir(parents=True)
     (folder / "timm" / "__init__.py").write_text("raise ImportError('the checkout shadows the installed timm')\n")
     (folder / "timm" / "version.py").write_text(f"__version__ = '{version}'\n")
-    shutil.copy(SMALL, folder / "train.py")
+    shutil.copy(HERE / script, folder / "train.py")
     return folder
 
 

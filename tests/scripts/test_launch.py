@@ -52,7 +52,6 @@ def test_workers(method, checkout):
     assert told["child"]
     # ResNet-18 has 11,689,512; in its two blocks per stage kernels (3, 5, 7, 7) add 44, adaptive (3, 5, 5, 5) add 36
     assert told["parameters"] == [11_689_556, 11_689_548]
-    assert told["loaded"].count("tensor([True])") == 4
 
 
 @pytest.mark.parametrize(("given", "code"), [("0", 0), ("3", 3), ("a message", "a message")])
