@@ -1,5 +1,6 @@
 """The launcher with a small script of the tests' own: arguments, exit codes, signals, workers, no shadowing."""
 
+import importlib.util
 import io
 import json
 import signal
@@ -153,3 +154,11 @@ def test_unknown_command(capsys):
         module_main(["tarin"])
     assert stop.value.code == 2
     assert "invalid choice: 'tarin'" in capsys.readouterr().err
+
+
+def test_missing_package(checkout, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pandas" else find_spec(name))
+    (checkout / "inference.py").touch()
+    message = refused(capsys, "inference", "--timm-scripts", checkout)
+    assert message == "timm-eca: timm's inference needs pandas: pip install 'timm-eca[scripts]'\n"

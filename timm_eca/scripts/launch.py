@@ -1,5 +1,6 @@
 """Running a script of timm's in this interpreter, under `__main__`, where this package is registered."""
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -15,6 +16,8 @@ from .source import Script, distance_warning, find_script
 __all__ = ["COMMANDS", "run_script"]
 
 COMMANDS = ("train", "validate", "benchmark", "inference", "onnx-export", "avg-checkpoints")
+NEEDS = {"inference": ("pandas",), "onnx-export": ("onnx", "onnxscript")}
+"""Packages that a script imports and timm does not bring."""
 
 
 def run_script(command: str, arguments: Sequence[str]) -> None:
@@ -28,13 +31,20 @@ def run_script(command: str, arguments: Sequence[str]) -> None:
         arguments: The script's arguments; `--timm-scripts DIR` among them names a folder that holds the script.
 
     Raises:
-        CommandError: If the script cannot be had.
+        CommandError: If the script cannot be had, or a package that it imports is missing.
     """
     folder, passed = _split(arguments)
     script = find_script(command.replace("-", "_"), folder)
+    _check_packages(command)
     if (warning := distance_warning(script, timm.__version__)) and os.environ.get("RANK", "0") == "0":
         print(f"timm-eca: warning: {warning}", file=sys.stderr)
     _run(script, passed)
+
+
+def _check_packages(command: str) -> None:
+    missing = [name for name in NEEDS.get(command, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(f"timm's {command} needs {', '.join(missing)}: pip install 'timm-eca[scripts]'")
 
 
 def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

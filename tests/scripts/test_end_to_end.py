@@ -1,0 +1,70 @@
+"""timm's own scripts, not a stand-in: one model's life by `benchmarks/end_to_end.py`, and every name registered."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+from real_checkout import REAL, needs_timms_scripts
+from small_checkout import run
+
+from timm_eca.demo.digits import write_digits
+from timm_eca.models import ENTRYPOINTS
+
+pytestmark = needs_timms_scripts
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory, request):
+    """The figures of one epoch and a resumed one; the run itself fails where two scripts disagree."""
+    root = request.config.rootpath
+    out = tmp_path_factory.mktemp("story") / "results.json"
+    process = subprocess.run(
+        [sys.executable, str(root / "benchmarks" / "end_to_end.py"), "--epochs", "1", "--out", str(out)],
+        env={**os.environ, "TIMM_SCRIPTS": str(REAL), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return json.loads(out.read_text())
+
+
+def check_figures(results, epochs):
+    assert set(results["models"]) == {"eca_resnet18", "resnet18+eca"}
+    for model in results["models"].values():
+        rows, top1 = model["figures"]["epochs"], model["figures"]["top-1 (%)"]
+        assert [row["epoch"] for row in rows] == list(range(epochs + 1))
+        assert rows[epochs - 1]["eval_top1"] == pytest.approx(top1["validated"], abs=1e-3)
+        assert top1["averaged"] == top1["from local-dir:"]
+        assert top1["inferred"] in (None, pytest.approx(top1["averaged"], abs=1e-3))
+        assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+        assert min(model["figures"]["images per second"].values()) > 0
+        commands = [step["command"].split()[0] for step in model["steps"]]
+        expected = ["train", "validate", "train", "avg-checkpoints", "validate", "validate"]
+        assert commands[:6] == expected
+        assert "benchmark" in commands
+
+
+def test_a_models_life(told):
+    check_figures(told, epochs=1)
+
+
+def test_versions(told):
+    assert told["environment"]["timm"] == timm.__version__
+
+
+def test_every_registered_name(tmp_path):
+    """validate.py's bulk mode over a list of all names of this package."""
+    write_digits(tmp_path / "digits", seed=0)
+    names = [entrypoint.__name__ for entrypoint in ENTRYPOINTS]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    options = ["--data-dir", "digits", "--split", "val", "--num-classes", "10", "--input-size", "3", "32", "32"]
+    options += ["--model", "names.txt", "--device", "cpu", "--results-file", "out.csv", "-b", "120", "-j", "0"]
+    env = {"TIMM_SCRIPTS": str(REAL)}
+    code, _, err = run("validate", *options, "--no-prefetcher", cwd=tmp_path, env=env)
+    assert code == 0, err
+    with open(tmp_path / "out.csv") as file:
+        assert sorted(row["model"] for row in csv.DictReader(file)) == sorted(names)
