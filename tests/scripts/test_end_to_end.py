@@ -8,13 +8,11 @@ import sys
 
 import pytest
 import timm
+
 from real_checkout import REAL, needs_timms_scripts
 from small_checkout import run
-
 from timm_eca.demo.digits import write_digits
 from timm_eca.models import ENTRYPOINTS
-
-pytestmark = needs_timms_scripts
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +46,25 @@ def check_figures(results, epochs):
         assert "benchmark" in commands
 
 
+@needs_timms_scripts
 def test_a_models_life(told):
     check_figures(told, epochs=1)
 
 
+def test_results_kept(repository):
+    """The run whose results stand in the repository."""
+    results = json.loads((repository / "benchmarks" / "results" / "end_to_end.json").read_text())
+    check_figures(results, epochs=4)
+    assert {"python", "timm", "timm's scripts", "torch"} <= set(results["environment"])
+    assert min(model["figures"]["top-1 (%)"]["validated"] for model in results["models"].values()) > 90
+
+
+@needs_timms_scripts
 def test_versions(told):
     assert told["environment"]["timm"] == timm.__version__
 
 
+@needs_timms_scripts
 def test_every_registered_name(tmp_path):
     """validate.py's bulk mode over a list of all names of this package."""
     write_digits(tmp_path / "digits", seed=0)
