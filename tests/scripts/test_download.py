@@ -1,5 +1,6 @@
 """Downloads from a real server on the loopback, good and bad; the bytes are the tests' own, pinned for the test."""
 
+import concurrent.futures
 import hashlib
 import http.server
 import os
@@ -73,6 +74,14 @@ def test_downloads_once(server, tmp_path, capsys):
     assert server.asked == ["/raw/v1.0.28/train.py"]
     assert cached(tmp_path) == [tmp_path / "cache" / "scripts" / TAG / "train.py"]
     assert cached(tmp_path)[0].read_bytes() == SCRIPT
+
+
+def test_many_at_once(server, tmp_path):
+    """As torchrun's processes on one machine ask: each gets the whole file."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: download.cached_script("train", TAG), range(8)))
+    assert {path.read_bytes() for path in paths} == {SCRIPT}
+    assert cached(tmp_path) == [paths[0]]
 
 
 def test_changed_cache_is_fetched_again(server, tmp_path, capsys):

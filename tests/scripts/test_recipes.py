@@ -6,6 +6,7 @@
 import argparse
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -202,6 +203,14 @@ def test_names_are_train_pys(name):
     assert timm.is_model(settings["model"])
     for key, value in settings.items():
         assert not isinstance(value, str) or isinstance(ARGUMENTS[key], str | None), f"{key}: {value!r} is a string"
+
+
+def test_the_guides_options_are_train_pys(repository):
+    guide = (repository / "docs" / "training.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^.*(?:timm-eca|timm_eca\.scripts) train (.*)$", guide, re.MULTILINE)
+    options = {option for line in lines for option in re.findall(r"--[a-z-]+", line)}
+    assert len(lines) > 6
+    assert {option[2:].replace("-", "_") for option in options} <= {*ARGUMENTS, "config", "help"}
 
 
 @needs_timms_scripts
