@@ -13,6 +13,7 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +32,25 @@ class Ledger:
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
-        self.done: dict[tuple[str, str], dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         entries = self._read()
         if entries and entries[0] != settings:
             sys.exit(f"{path} was made with other settings: {entries[0]}. Give another folder with --out.")
-        for entry in entries[1:]:
-            self.done[entry["row"], entry["step"]] = entry["result"]
         # Written anew: what a crash cut off goes, and so do failures, which are tried again.
-        lines = [settings, *(self._entry(*key) for key, result in self.done.items() if "error" not in result)]
-        self.done = {key: result for key, result in self.done.items() if "error" not in result}
+        kept = [entry for entry in entries[1:] if "error" not in entry["result"]]
+        self.done: dict[tuple[str, str], dict[str, Any]] = {(e["row"], e["step"]): e["result"] for e in kept}
         fresh = path.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in [settings, *kept]))
         fresh.replace(path)
 
     def _read(self) -> list[dict[str, Any]]:
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def _entry(self, row: str, step: str) -> dict[str, Any]:
-        return {"row": row, "step": step, "result": self.done[row, step]}
-
     def add(self, row: str, step: str, result: dict[str, Any]) -> None:
         self.done[row, step] = result
         with open(self.path, "a") as file:
-            file.write(json.dumps(self._entry(row, step)) + "\n")
+            file.write(json.dumps({"row": row, "step": step, "result": result}) + "\n")
 
 
 def run_step(command: str, arguments: list[str], log: Path) -> dict[str, Any]:
@@ -88,9 +83,7 @@ class Grid:
 
     def run(self) -> None:
         if self.digits and not self.data.exists():
-            from timm_eca.demo.digits import write_digits
-
-            write_digits(self.data, seed=42)
+            make_digits(self.data)
         for backbone in self.args.models:
             for attn in self.args.attn:
                 self._run_row(backbone, attn)
@@ -129,6 +122,15 @@ class Grid:
 
     def _checkpoint(self, row: str, trained: Path) -> Path:
         return trained / "last.pth.tar" if self.args.epochs else self.args.checkpoints / f"{row}.safetensors"
+
+
+def make_digits(folder: Path) -> None:
+    """Write the digits, whole or not at all."""
+    from timm_eca.demo.digits import write_digits
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
+        write_digits(Path(fresh, folder.name), seed=42)
+        Path(fresh, folder.name).rename(folder)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
