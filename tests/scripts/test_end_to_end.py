@@ -1,6 +1,5 @@
 """timm's own scripts, not a stand-in: one model's life by `benchmarks/end_to_end.py`, and every name registered."""
 
-import csv
 import json
 import os
 import subprocess
@@ -10,8 +9,6 @@ import pytest
 import timm
 
 from real_checkout import REAL, needs_timms_scripts
-from small_checkout import run
-from timm_eca.demo.digits import write_digits
 from timm_eca.models import ENTRYPOINTS
 
 
@@ -65,15 +62,28 @@ def test_versions(told):
 
 
 @needs_timms_scripts
-def test_every_registered_name(tmp_path):
-    """validate.py's bulk mode over a list of all names of this package."""
-    write_digits(tmp_path / "digits", seed=0)
+def test_every_registered_name(run_python):
+    """benchmark.py, inference and a training step, over all names of this package."""
     names = [entrypoint.__name__ for entrypoint in ENTRYPOINTS]
-    (tmp_path / "names.txt").write_text("\n".join(names))
-    options = ["--data-dir", "digits", "--split", "val", "--num-classes", "10", "--input-size", "3", "32", "32"]
-    options += ["--model", "names.txt", "--device", "cpu", "--results-file", "out.csv", "-b", "120", "-j", "0"]
-    env = {"TIMM_SCRIPTS": str(REAL)}
-    code, _, err = run("validate", *options, "--no-prefetcher", cwd=tmp_path, env=env)
-    assert code == 0, err
-    with open(tmp_path / "out.csv") as file:
-        assert sorted(row["model"] for row in csv.DictReader(file)) == sorted(names)
+    options = [
+        "--bench",
+        "both",
+        "--device",
+        "cpu",
+        "--img-size",
+        "32",
+        "-b",
+        "2",
+        "--num-warm-iter",
+        "1",
+        "--num-bench-iter",
+        "5",
+    ]
+    code = "from timm_eca.scripts import run_script\n"
+    code += f"for name in {names}:\n    run_script('benchmark', ['--model', name, *{options}])"
+    told = run_python(code, TIMM_SCRIPTS=str(REAL)).split("--result\n")[1:]
+    results = [json.JSONDecoder().raw_decode(text)[0] for text in told]
+    assert [result["model"] for result in results] == names
+    for result in results:
+        assert result["infer_samples_per_sec"] > 0
+        assert result["train_samples_per_sec"] > 0
