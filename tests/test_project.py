@@ -11,8 +11,8 @@ import timm_eca
 
 MODULES = [m.name for m in pkgutil.walk_packages(timm_eca.__path__, "timm_eca.")]
 # Each may import from those before it, and from itself.
-STREET = ["errors", "outputs", "layers", "spec", "blocks", "gating", "weights", "placement", "identity", "checkpoint"]
-STREET += ["inject", "models", "timm_hooks", "coverage", "plan", "demo", "cli"]
+STREET = ["checkout", "errors", "outputs", "layers", "spec", "blocks", "gating", "weights", "placement", "identity"]
+STREET += ["checkpoint", "inject", "models", "timm_hooks", "coverage", "plan", "complexity", "scripts", "demo", "cli"]
 
 
 def imports_of(module):

@@ -6,6 +6,7 @@ Importing the package registers its attention layers and models with timm:
 
 from importlib.metadata import version
 
+from . import checkout  # noqa: F401  first: it sees to it that the installed timm is imported
 from .inject import add_attn_, attn_modules, attn_sites, plan_attn
 from .layers import EcaLayer, adaptive_kernel_size, get_attn, list_attns, register_attn
 from .placement import Site

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .errors import CommandError
+from .scripts import COMMANDS, run_script
 
 __all__ = ["main"]
 
@@ -29,6 +30,11 @@ def _parser() -> argparse.ArgumentParser:
     coverage.add_argument("--out", type=Path, default=Path("docs"), help="folder of the tables (default: %(default)s)")
     coverage.add_argument("--filter", default="", help="only names that match, such as 'resnet*'")
     coverage.set_defaults(run=_coverage)
+    for command in COMMANDS:
+        script = commands.add_parser(
+            command, help=f"timm's {command.replace('-', '_')}.py; --timm-scripts DIR: a checkout"
+        )
+        script.set_defaults(run=_script)
     return parser
 
 
@@ -66,15 +72,24 @@ def _coverage(args: argparse.Namespace) -> None:
     print(f"{taking} of {len(rows)} models take the layer: {args.out}/coverage.md, {args.out}/coverage.json")
 
 
+def _script(args: argparse.Namespace) -> None:
+    run_script(args.command, args.arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for anything the user can mend, 130 when interrupted."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    # timm's scripts parse their own arguments, --help among them: argparse sees the command alone.
+    is_script = bool(argv) and argv[0] in COMMANDS
+    args = _parser().parse_args(argv[:1] if is_script else argv, argparse.Namespace(arguments=argv[1:]))
     try:
         args.run(args)
     except CommandError as error:
         print(f"timm-eca: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if is_script:
+            raise
         print("timm-eca: interrupted", file=sys.stderr)
         return 130
     return 0

@@ -116,7 +116,8 @@ def attn_modules(model: nn.Module) -> dict[str, nn.Module]:
 def label_wrapper_(wrapper: nn.Module, model: nn.Module) -> nn.Module:
     """Set the label of a wrapper for feature extraction, with the paths that the model's layers have in it."""
     paths = {id(module): path for path, module in wrapper.named_modules()}
-    sites = [(site, paths.get(id(model.get_submodule(site.path)))) for site in attn_sites(model)]
+    layers = dict(model.named_modules())  # the wrapper may have cut some away
+    sites = [(site, paths.get(id(layers.get(site.path)))) for site in attn_sites(model)]
     kept = tuple(replace(site, path=path) for site, path in sites if path is not None)
     return label_(wrapper, model.attn_spec, kept)  # type: ignore[arg-type]
 

@@ -1,0 +1,118 @@
+"""timm's own train.py under torchrun with gloo on CPU, two processes: same loss as one, options, kill -9 and resume."""
+
+import csv
+import os
+import re
+import shlex
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from real_checkout import REAL, needs_timms_scripts
+from small_checkout import start
+from timm_eca import attn_modules
+from timm_eca.demo.digits import write_digits
+
+pytestmark = needs_timms_scripts
+
+CPU = ["--device", "cpu", "--device-modules", "timm_eca.scripts.cpu_ddp", "--workers", "0", "--no-prefetcher"]
+PLAIN = shlex.split("--num-classes 4 --input-size 3 32 32 --val-split val --no-aug --smoothing 0 --output .")
+PLAIN += shlex.split("--opt momentum --sched step --warmup-epochs 0 --log-interval 1")
+ECA_GROUP_NORM = ["--model", "resnet18", "--model-kwargs", "attn_layer=eca", "norm_layer=groupnorm"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """64 training and 64 validation images of four digits, as `few/`."""
+    folder = tmp_path_factory.mktemp("few")
+    write_digits(folder / "all", seed=0)
+    for split in ("train", "val"):
+        for digit in range(4):
+            (folder / "few" / split / str(digit)).mkdir(parents=True)
+            for image in sorted((folder / "all" / split / str(digit)).iterdir())[:16]:
+                image.rename(folder / "few" / split / str(digit) / image.name)
+    return folder
+
+
+def train(folder, experiment, *arguments, processes=2):
+    line = ["train", "--data-dir", "few", *CPU, *PLAIN, "--experiment", experiment, *arguments]
+    env = {"TIMM_SCRIPTS": str(REAL)}
+    if processes == 1:
+        return start(*line, cwd=folder, env=env)
+    torchrun = ["--standalone", f"--nproc_per_node={processes}", "-m", "timm_eca.scripts"]
+    return start(*torchrun, *line, module="torch.distributed.run", cwd=folder, env=env)
+
+
+def finish(process):
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return err
+
+
+def epochs(folder, experiment):
+    with open(folder / experiment / "summary.csv") as file:
+        return [row for row in csv.DictReader(file) if row["epoch"] != "epoch"]
+
+
+def test_same_loss_as_one_process(folder):
+    """64 images an update: in one process, in two, and in two with gradients gathered over two steps."""
+    ways = {"one": (1, 64, 1), "two": (2, 32, 1), "gathered": (2, 16, 2)}
+    told = {}
+    for name, (processes, batch, steps) in ways.items():
+        options = ["--epochs", "3", "--lr", "0.005", "-b", batch, "--grad-accum-steps", steps]
+        finish(train(folder, name, *ECA_GROUP_NORM, *options, processes=processes))
+        told[name] = [[float(row[key]) for key in ("train_loss", "eval_loss")] for row in epochs(folder, name)]
+    assert len(told["one"]) == 3
+    for name in ("two", "gathered"):
+        torch.testing.assert_close(torch.tensor(told[name]), torch.tensor(told["one"]), rtol=1e-5, atol=0)
+
+
+def test_options_and_resume(folder):
+    options = shlex.split("--model eca_resnet18 -b 8 --lr 0.01 --grad-accum-steps 2 --model-ema --model-ema-decay 0.5")
+    options += shlex.split("--amp --amp-dtype bfloat16 --torchcompile aot_eager")
+    finish(train(folder, "options", *options, "--epochs", "1"))
+    last = folder / "options" / "last.pth.tar"
+    checkpoint = torch.load(last, weights_only=False)
+    ema, weights = checkpoint["state_dict_ema"], checkpoint["state_dict"]
+    assert set(ema) == set(weights)
+    assert not torch.equal(ema["layer1.0.se.conv.weight"], weights["layer1.0.se.conv.weight"])
+    finish(train(folder, "options", *options, "--epochs", "2", "--resume", str(last)))
+    assert [row["epoch"] for row in epochs(folder, "options")] == ["0", "1"]
+    model = timm.create_model("eca_resnet18", num_classes=4, checkpoint_path=str(last))
+    assert all(torch.isfinite(layer.conv.weight).all() for layer in attn_modules(model).values())
+
+
+def test_kill_and_resume(folder):
+    """A kill -9 of one rank in the middle of an epoch costs that epoch alone."""
+    options = ["--model", "eca_resnet18", "-b", "2", "--lr", "0.01"]
+    process = train(folder, "killed", *options, "--epochs", "9")
+    watchdog = threading.Timer(240, process.kill)
+    watchdog.start()
+    for line in process.stderr:
+        if re.search(r"Train: 2 \[ +3/", line):
+            break
+    second = ranks(process.pid)[1]
+    os.kill(second, signal.SIGKILL)
+    process.communicate(timeout=120)
+    watchdog.cancel()
+    assert process.returncode == 1
+    assert [row["epoch"] for row in epochs(folder, "killed")] == ["0", "1"]
+    finish(train(folder, "killed", *options, "--epochs", "3", "--resume", str(folder / "killed" / "last.pth.tar")))
+    assert [row["epoch"] for row in epochs(folder, "killed")] == ["0", "1", "2"]
+
+
+def ranks(pid):
+    """The processes that torchrun started, by rank."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    by_rank = {}
+    for child in map(int, children):
+        environment = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        told = dict(entry.split("=", 1) for entry in environment if "=" in entry)
+        if "RANK" in told:
+            by_rank[int(told["RANK"])] = child
+    assert sorted(by_rank) == [0, 1]
+    return by_rank
