@@ -18,6 +18,7 @@ lint: $(VENV)/.with-dev
 
 bench: $(VENV)/.with-dev
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+	$(BIN)/python benchmarks/complexity.py
 
 clean:
 	rm -rf $(VENV)

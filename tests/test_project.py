@@ -21,6 +21,7 @@ STREET = [
     "inject",
     "models",
     "timm_hooks",
+    "complexity",
     "demo",
     "cli",
 ]
@@ -62,7 +63,7 @@ def test_file_names_are_not_timms():
 
 
 def test_optional_packages_wait_for_their_use(run_python):
-    modules = "'matplotlib', 'sklearn', 'scipy', 'pytest'"
+    modules = "'matplotlib', 'sklearn', 'scipy', 'pytest', 'thop'"
     run_python(f"import sys, timm_eca.cli\nassert not {{{modules}}} & set(sys.modules)")
 
 

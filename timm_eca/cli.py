@@ -19,6 +19,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write (default: %(default)s)")
     demo.add_argument("--epochs", type=int, default=10, help="epochs for each model (default: %(default)s)")
     demo.set_defaults(run=_demo)
+    complexity = commands.add_parser("complexity", help="count the paper's models again, beside its tables")
+    complexity.add_argument(
+        "sections", nargs="*", help="table_2, table_3, table_a, table_5, table_6, headline, grid (default: all)"
+    )
+    complexity.add_argument("--format", default="markdown", help="markdown, csv or json (default: %(default)s)")
+    complexity.add_argument("--out", type=Path, help="file to write (default: standard output)")
+    complexity.set_defaults(run=_complexity)
     return parser
 
 
@@ -26,6 +33,12 @@ def _demo(args: argparse.Namespace) -> None:
     from .demo import run_demo
 
     run_demo(args.out, args.epochs)
+
+
+def _complexity(args: argparse.Namespace) -> None:
+    from .complexity import run_complexity
+
+    run_complexity(args.sections, args.format, args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
