@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import CommandError
@@ -57,15 +58,17 @@ def count(model: nn.Module, counters: Sequence[str] = tuple(COUNTERS), size: int
 
 def _with_layers_after_norms(model: nn.Module) -> nn.Module:
     """Return a copy in which no attention sits in a norm: thop counts no matrix products inside a counted module."""
-    sites = [site for site in getattr(model, "attn_sites", ()) if site.path == f"{site.norm}.act"]
-    if not sites:
+    places = [site.path.rpartition(".")[::2] for site in getattr(model, "attn_sites", ())]
+    nested = [(norm, name) for norm, name in places if isinstance(model.get_submodule(norm), _BatchNorm)]
+    if not nested:
         return model
     model = copy.deepcopy(model)
-    for site in sites:
-        norm: Any = model.get_submodule(site.norm)
-        layer, norm.act = norm.act, nn.Identity()
-        parent, _, name = site.norm.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.Sequential(norm, layer))
+    for path, name in nested:
+        norm = model.get_submodule(path)
+        layer = getattr(norm, name)
+        setattr(norm, name, nn.Identity())
+        parent, _, norm_name = path.rpartition(".")
+        setattr(model.get_submodule(parent), norm_name, nn.Sequential(norm, layer))
     return model
 
 
