@@ -18,6 +18,8 @@ lint: $(VENV)/.with-dev
 
 bench: $(VENV)/.with-dev
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+	$(BIN)/python benchmarks/complexity.py
+	$(BIN)/python benchmarks/figures.py
 
 clean:
 	rm -rf $(VENV)

@@ -46,12 +46,12 @@ def test_all_is_a_list_of_what_is_there():
 
 def test_file_names_are_not_timms():
     """timm files entrypoints under the last part of their module's name."""
-    theirs = set(timm.list_modules()) - {"eca_resnet", "eca_resnext", "eca_mobilenetv2"}
+    theirs = set(timm.list_modules()) - {"eca_resnet", "eca_resnext", "eca_mobilenetv2", "eca_inception"}
     assert not {m.rsplit(".", 1)[1] for m in MODULES} & theirs
 
 
 def test_optional_packages_wait_for_their_use(run_python):
-    modules = "'matplotlib', 'sklearn', 'scipy', 'pytest'"
+    modules = "'matplotlib', 'sklearn', 'scipy', 'pytest', 'thop'"
     run_python(f"import sys, timm_eca.cli\nassert not {{{modules}}} & set(sys.modules)")
 
 

@@ -35,6 +35,13 @@ def _parser() -> argparse.ArgumentParser:
             command, help=f"timm's {command.replace('-', '_')}.py; --timm-scripts DIR: a checkout"
         )
         script.set_defaults(run=_script)
+    complexity = commands.add_parser("complexity", help="count the paper's models again, beside its tables")
+    complexity.add_argument(
+        "sections", nargs="*", help="table_2, table_3, table_a, table_5, table_6, headline, grid (default: all)"
+    )
+    complexity.add_argument("--format", default="markdown", help="markdown, csv or json (default: %(default)s)")
+    complexity.add_argument("--out", type=Path, help="file to write (default: standard output)")
+    complexity.set_defaults(run=_complexity)
     return parser
 
 
@@ -74,6 +81,12 @@ def _coverage(args: argparse.Namespace) -> None:
 
 def _script(args: argparse.Namespace) -> None:
     run_script(args.command, args.arguments)
+
+
+def _complexity(args: argparse.Namespace) -> None:
+    from .complexity import run_complexity
+
+    run_complexity(args.sections, args.format, args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

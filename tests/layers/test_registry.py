@@ -49,7 +49,9 @@ def test_duplicate():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"Unknown attention layer 'ecaa'\. Did you mean 'eca'.*Registered: bat, cbam"):
+    with pytest.raises(
+        ValueError, match=r"Unknown attention layer 'ecaa'\. Did you mean 'eca'.*Registered: a2, aa, bat, cbam"
+    ):
         timm_eca.get_attn("ecaa")
 
 

@@ -107,7 +107,8 @@ class TestRegistration:
             cfg = timm.get_pretrained_cfg(model_name)
             assert cfg.hf_hub_id == f"timm-eca/{name}.ecanet_in1k"
             assert (cfg.architecture, cfg.tag) == (name, "ecanet_in1k")
-            assert (cfg.input_size, cfg.crop_pct, cfg.interpolation) == ((3, 224, 224), 0.875, "bilinear")
+            size = 299 if "inception" in name else 224
+            assert (cfg.input_size, cfg.crop_pct, cfg.interpolation) == ((3, size, size), 0.875, "bilinear")
             assert (cfg.mean, cfg.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
             assert (cfg.license, cfg.paper_ids, cfg.num_classes) == ("mit", "arXiv:1910.03151", 1000)
 

@@ -1,6 +1,7 @@
 """Training with timm's own loader, optimizer, scheduler and metrics."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from timm.utils import AverageMeter, accuracy, random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-__all__ = ["DATA_CONFIG", "History", "make_loaders", "train"]
+__all__ = ["AUGMENTATION", "BATCH_SIZE", "DATA_CONFIG", "History", "make_loaders", "train"]
 
 DATA_CONFIG: dict[str, Any] = {
     "input_size": (1, 32, 32),
@@ -22,6 +23,7 @@ DATA_CONFIG: dict[str, Any] = {
     "interpolation": "bicubic",
     "crop_pct": 1.0,
 }
+AUGMENTATION: dict[str, Any] = {"hflip": 0.0, "color_jitter": None, "scale": (0.8, 1.0), "ratio": (0.9, 1.1)}
 BATCH_SIZE = 64
 LEARNING_RATE = 0.05
 
@@ -36,23 +38,22 @@ class History:
     seconds: float = 0.0
 
 
-def make_loaders(root: Path) -> tuple[DataLoader, DataLoader]:
-    """Return the training and the validation loader of an image folder of grey images."""
-    shared: dict[str, Any] = {**DATA_CONFIG, "batch_size": BATCH_SIZE, "use_prefetcher": False, "num_workers": 0}
-    augmented: dict[str, Any] = {
-        "is_training": True,
-        "hflip": 0.0,
-        "color_jitter": None,
-        "scale": (0.8, 1.0),
-        "ratio": (0.9, 1.1),
-    }
-    datasets = [create_dataset("", str(root), split=split, input_img_mode="L") for split in ("train", "val")]
-    train_loader = create_loader(datasets[0], **shared, **augmented, persistent_workers=False)
+def make_loaders(
+    root: Path,
+    data_config: Mapping[str, Any] = DATA_CONFIG,
+    augmentation: Mapping[str, Any] = AUGMENTATION,
+    workers: int = 0,
+) -> tuple[DataLoader, DataLoader]:
+    """Return the training and the validation loader of an image folder, by default of grey digits."""
+    shared: dict[str, Any] = {**data_config, "batch_size": BATCH_SIZE, "use_prefetcher": False, "num_workers": workers}
+    mode = "L" if data_config["input_size"][0] == 1 else "RGB"
+    datasets = [create_dataset("", str(root), split=split, input_img_mode=mode) for split in ("train", "val")]
+    train_loader = create_loader(datasets[0], **shared, **augmentation, is_training=True, persistent_workers=False)
     return train_loader, create_loader(datasets[1], **shared, persistent_workers=False)
 
 
 def train(model: nn.Module, loaders: tuple[DataLoader, DataLoader], epochs: int, seed: int, label: str) -> History:
-    """Train a classifier with SGD and a cosine schedule, validating after each epoch."""
+    """Train a classifier with SGD and a cosine schedule, validating after each epoch, where it lies."""
     from tqdm import tqdm
 
     random_seed(seed)
@@ -76,7 +77,9 @@ def train(model: nn.Module, loaders: tuple[DataLoader, DataLoader], epochs: int,
 def _train_epoch(model: nn.Module, loader: DataLoader, optimizer, loss_fn: nn.Module, bar) -> float:
     losses = AverageMeter()
     model.train()
+    device = next(model.parameters()).device
     for images, targets in loader:
+        images, targets = images.to(device), targets.to(device)
         loss = loss_fn(model(images), targets)
         optimizer.zero_grad()
         loss.backward()
@@ -90,7 +93,9 @@ def _train_epoch(model: nn.Module, loader: DataLoader, optimizer, loss_fn: nn.Mo
 def _validate(model: nn.Module, loader: DataLoader, loss_fn: nn.Module) -> tuple[float, float]:
     losses, top1 = AverageMeter(), AverageMeter()
     model.eval()
+    device = next(model.parameters()).device
     for images, targets in loader:
+        images, targets = images.to(device), targets.to(device)
         logits = model(images)
         losses.update(loss_fn(logits, targets).item(), len(images))
         top1.update(accuracy(logits, targets)[0].item(), len(images))
