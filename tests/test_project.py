@@ -11,7 +11,7 @@ import timm_eca
 
 MODULES = [m.name for m in pkgutil.walk_packages(timm_eca.__path__, "timm_eca.")]
 # Each may import from those before it, and from itself.
-STREET = ["checkout", "errors", "outputs", "layers", "spec", "blocks", "gating", "weights", "placement", "identity"]
+STREET = ["checkout", "errors", "outputs", "layers", "spec", "blocks", "gating", "branches", "placement", "identity"]
 STREET += ["checkpoint", "inject", "models", "timm_hooks", "coverage", "plan", "complexity", "scripts", "demo", "cli"]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from .blocks import BLOCKS, NO_STAGE_OUTPUT, STAGE_NUMBERS, BlockRule
 from .gating import RETURN, Gate, gain_name
 from .spec import AttnSpec
-from .weights import has_scalable, lookup, output_channels, resolve, scaling_tensors, squeeze_channels
+from .branches import has_scalable, lookup, output_channels, resolve, scaling_tensors, squeeze_channels
 
 __all__ = ["EXAMPLES", "Site", "find_sites", "placed_site", "rule_key", "rules_of"]
 
