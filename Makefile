@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench hub-configs clean
 
 demo: $(VENV)/.with-demo
 	$(BIN)/timm-eca demo $(ARGS)
@@ -18,6 +18,9 @@ lint: $(VENV)/.with-dev
 
 bench: $(VENV)/.with-dev
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+hub-configs: $(VENV)/.with-dev
+	$(BIN)/python hub_configs/generate.py
 
 clean:
 	rm -rf $(VENV)
