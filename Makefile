@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench hub-configs clean
 
 demo: $(VENV)/.with-demo
 	$(BIN)/timm-eca demo $(ARGS)
@@ -20,6 +20,9 @@ bench: $(VENV)/.with-dev
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 	$(BIN)/python benchmarks/complexity.py
 	$(BIN)/python benchmarks/figures.py
+
+hub-configs: $(VENV)/.with-dev
+	$(BIN)/python hub_configs/generate.py
 
 clean:
 	rm -rf $(VENV)

@@ -12,7 +12,19 @@ import timm_eca
 MODULES = [m.name for m in pkgutil.walk_packages(timm_eca.__path__, "timm_eca.")]
 # Each may import from those before it, and from itself.
 STREET = ["checkout", "errors", "outputs", "layers", "spec", "blocks", "gating", "branches", "placement", "identity"]
-STREET += ["checkpoint", "inject", "models", "timm_hooks", "coverage", "plan", "complexity", "scripts", "demo", "cli"]
+STREET += [
+    "checkpoint",
+    "inject",
+    "weights",
+    "models",
+    "timm_hooks",
+    "coverage",
+    "plan",
+    "portable",
+    "cards",
+    "layouts",
+]
+STREET += ["checkpoint_files", "hub", "convert", "complexity", "scripts", "demo", "cli"]
 
 
 def imports_of(module):

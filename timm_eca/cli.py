@@ -1,12 +1,13 @@
 """The console command `timm-eca`: parses and calls."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from .errors import CommandError
+from .errors import CommandError, WeightsError
 from .scripts import COMMANDS, run_script
 
 __all__ = ["main"]
@@ -42,7 +43,31 @@ def _parser() -> argparse.ArgumentParser:
     complexity.add_argument("--format", default="markdown", help="markdown, csv or json (default: %(default)s)")
     complexity.add_argument("--out", type=Path, help="file to write (default: standard output)")
     complexity.set_defaults(run=_complexity)
+    _add_convert(commands)
+    _add_hub(commands)
     return parser
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser("convert", help="turn an official or timm training checkpoint into Hub format")
+    convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="file of torch.save or safetensors")
+    convert.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write, new or empty")
+    convert.add_argument("--model", metavar="NAME", help="what the file must hold (default: inferred from it)")
+    convert.add_argument("--ema", action="store_true", help="take the moving average of a training checkpoint")
+    convert.set_defaults(run=_convert)
+
+
+def _add_hub(commands) -> None:
+    push = commands.add_parser("push", help="upload a folder in Hub format")
+    push.add_argument("folder", type=Path, metavar="DIR")
+    push.add_argument("repo", metavar="org/name", help="repository, made if it does not exist")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--revision", help="branch to commit to (default: main)")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    push.set_defaults(run=_push)
+    verify = commands.add_parser("verify", help="check weights against their recorded sha256 and their config")
+    verify.add_argument("source", metavar="DIR|org/name[@REV]")
+    verify.set_defaults(run=_verify)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -87,6 +112,40 @@ def _complexity(args: argparse.Namespace) -> None:
     from .complexity import run_complexity
 
     run_complexity(args.sections, args.format, args.out)
+
+
+@contextlib.contextmanager
+def _mendable() -> Iterator[None]:
+    """Turn the errors of files and weights into the command line's one."""
+    try:
+        yield
+    except (ValueError, WeightsError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .convert import convert
+
+    with _mendable():
+        found = convert(args.checkpoint, args.out, args.model, ema=args.ema)
+    sizes = ", ".join(map(str, found.kernel_sizes))
+    print(f"{found.model}, kernel size per stage {sizes}, {found.num_classes} classes: saved to {args.out}")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from . import hub
+
+    with _mendable():
+        url = hub.push(args.folder, args.repo, private=args.private, revision=args.revision, create_pr=args.create_pr)
+    print(url)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from . import hub
+
+    with _mendable():
+        found = hub.verify(args.source)
+    print(f"{args.source}: intact. {found['architecture']}, {found['tensors']} tensors, sha256 {found['sha256']}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

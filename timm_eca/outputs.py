@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,23 +15,22 @@ RESULTS = "results.json"
 
 
 @contextmanager
-def whole_folder(out: Path, made_by: str) -> Iterator[Path]:
+def whole_folder(out: Path, made_by: str, replaceable: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Give a fresh folder beside `out` and rename it to `out` at the end; on any error it is deleted.
 
-    An existing `out` is replaced if it is empty or its `results.json` says that the same command made it.
+    An existing `out` is replaced if it is empty or replaceable, by default if its `results.json` says that the same
+    command made it.
 
     Raises:
         CommandError: If `out` holds anything else, or cannot be written.
     """
     out = out.expanduser().absolute()
-    _check_replaceable(out, made_by)
+    _check_replaceable(out, made_by, replaceable or (lambda folder: _made_by(folder, made_by)))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
-        raise CommandError(
-            f"cannot write to {out}: {error.strerror or error}. Give another folder with --out."
-        ) from None
+        raise CommandError(f"cannot write to {out}: {error.strerror or error}. Give another folder.") from None
     try:
         yield fresh
         _swap(fresh, out)
@@ -41,13 +40,13 @@ def whole_folder(out: Path, made_by: str) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _check_replaceable(out: Path, made_by: str) -> None:
+def _check_replaceable(out: Path, made_by: str, replaceable: Callable[[Path], bool]) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir():
-        raise CommandError(f"{out} is not a folder. Give a new or empty one with --out.")
-    if any(out.iterdir()) and not _made_by(out, made_by):
-        raise CommandError(f"{out} holds other files than those of {made_by}. Give a new or empty folder with --out.")
+        raise CommandError(f"{out} is not a folder. Give a new or empty folder.")
+    if any(out.iterdir()) and not replaceable(out):
+        raise CommandError(f"{out} holds other files than those of {made_by}. Give a new or empty folder.")
 
 
 def _made_by(out: Path, made_by: str) -> bool:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from .blocks import BLOCKS, NO_STAGE_OUTPUT, STAGE_NUMBERS, BlockRule
+from .branches import has_scalable, lookup, output_channels, resolve, scaling_tensors, squeeze_channels
 from .gating import RETURN, Gate, gain_name
 from .spec import AttnSpec
-from .branches import has_scalable, lookup, output_channels, resolve, scaling_tensors, squeeze_channels
 
 __all__ = ["EXAMPLES", "Site", "find_sites", "placed_site", "rule_key", "rules_of"]
 

@@ -1,9 +1,12 @@
 """The sites of one model as a table."""
 
+from typing import Any
+
 import timm
 from torch import nn
 
 from .inject import attn_modules, attn_sites
+from .models import ENTRYPOINTS
 
 __all__ = ["plan_table"]
 
@@ -19,7 +22,9 @@ def plan_table(name: str, attn_layer: str = "eca", attn_where: str = "auto") -> 
     Raises:
         ValueError: If the model takes no attention there, or a name is unknown.
     """
-    model = timm.create_model(name, attn_layer=attn_layer, attn_where=attn_where, device="meta")
+    carries = name in {entrypoint.__name__ for entrypoint in ENTRYPOINTS}
+    asked: dict[str, Any] = {} if carries else {"attn_layer": attn_layer, "attn_where": attn_where}
+    model = timm.create_model(name, device="meta", **asked)
     layers = attn_modules(model)
     rows = [
         (s.path, s.stage, s.channels, _kernel(layers[s.path]), "gate" if s.gate else "slot", s.replaces or "-")

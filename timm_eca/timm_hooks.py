@@ -16,6 +16,7 @@ from typing import Any
 import timm.layers
 import timm.models
 from timm.models import _registry
+from timm.models._hub import save_config_for_hf
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -27,7 +28,7 @@ from .models import ENTRYPOINTS
 from .placement import EXAMPLES
 from .spec import ATTN_ARGS, AttnSpec
 
-__all__ = ["install", "installed", "uninstall"]
+__all__ = ["install", "installed", "save_config_for_hf", "uninstall"]
 
 
 def _unhooked(function: Callable[..., Any]) -> Callable[..., Any]:

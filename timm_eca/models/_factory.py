@@ -7,13 +7,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import model_entrypoint, resolve_pretrained_cfg
 from torch import nn
 
+from ._sources import checked_source, from_own_org, hub_id, name_source
+
 __all__ = ["KernelSizes", "create_eca", "eca_cfg"]
 
 KernelSizes = str | int | Sequence[int]
 """'adaptive' (Eq. 12), one kernel size for all blocks, or one for each stage."""
 
 TAG = "ecanet_in1k"
-HUB_ORG = "timm-eca"
 
 
 def eca_cfg(name: str, **kwargs: Any) -> dict[str, dict[str, Any]]:
@@ -21,7 +22,7 @@ def eca_cfg(name: str, **kwargs: Any) -> dict[str, dict[str, Any]]:
     tagged = f"{name}.{TAG}"
     return {
         tagged: {
-            "hf_hub_id": f"{HUB_ORG}/{tagged}",
+            "hf_hub_id": hub_id(tagged),
             "num_classes": 1000,
             "input_size": (3, 224, 224),
             "pool_size": (7, 7),
@@ -62,6 +63,7 @@ def create_eca(
 
     Raises:
         ValueError: If kernel_sizes fit neither the layer nor the stages, or another layer is asked for.
+        WeightsError: If pretrained weights cannot be had, or are not what they should be.
     """
     if "attn_layer" in kwargs:
         raise ValueError(f"{name} carries 'eca'; for attn_layer={kwargs['attn_layer']!r} create {backbone!r} with it.")
@@ -71,13 +73,17 @@ def create_eca(
         )
     sizes = _per_stage(preset if kernel_sizes is None else kernel_sizes, stages)
     cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
-    return model_entrypoint(backbone)(
+    cfg = from_own_org(cfg)
+    model = model_entrypoint(backbone)(
         pretrained=pretrained,
-        pretrained_cfg=cfg,
+        pretrained_cfg=checked_source(cfg, kwargs.get("cache_dir")) if pretrained else cfg,
         attn_layer="eca",
         attn_kwargs=[{**(attn_kwargs or {}), "kernel_size": size} for size in sizes],
         **kwargs,
     )
+    model.attn_backbone = backbone
+    name_source(model, cfg)
+    return model
 
 
 def _per_stage(kernel_sizes: KernelSizes, stages: int) -> list[int | None]:

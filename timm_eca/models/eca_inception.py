@@ -15,7 +15,7 @@ __all__ = ["eca_inception_v3"]
 
 _cfg = partial(eca_cfg, first_conv="Conv2d_1a_3x3.conv", classifier="fc", input_size=(3, 299, 299), pool_size=(8, 8))
 
-default_cfgs = generate_default_cfgs(_cfg("eca_inception_v3"))
+default_cfgs = generate_default_cfgs({**_cfg("eca_inception_v3")})
 
 
 def eca_inception_v3(pretrained: bool = False, **kwargs) -> nn.Module:
