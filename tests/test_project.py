@@ -10,8 +10,21 @@ import timm
 import timm_eca
 
 MODULES = [m.name for m in pkgutil.walk_packages(timm_eca.__path__, "timm_eca.")]
+MODULES = [m for m in MODULES if not m.endswith("._native")]  # compiled, called by address
 # Each may import from those before it, and from itself.
-STREET = ["checkout", "errors", "outputs", "layers", "spec", "blocks", "gating", "branches", "placement", "identity"]
+STREET = [
+    "checkout",
+    "errors",
+    "outputs",
+    "layers",
+    "spec",
+    "blocks",
+    "gating",
+    "fused",
+    "branches",
+    "placement",
+    "identity",
+]
 STREET += [
     "checkpoint",
     "inject",

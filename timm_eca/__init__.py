@@ -7,6 +7,7 @@ Importing the package registers its attention layers and models with timm:
 from importlib.metadata import version
 
 from . import checkout  # noqa: F401  first: it sees to it that the installed timm is imported
+from .fused import fuse_, unfuse_
 from .inject import add_attn_, attn_modules, attn_sites, plan_attn
 from .layers import EcaLayer, adaptive_kernel_size, get_attn, list_attns, register_attn
 from .placement import Site
@@ -21,12 +22,14 @@ __all__ = [
     "add_attn_",
     "attn_modules",
     "attn_sites",
+    "fuse_",
     "get_attn",
     "install",
     "installed",
     "list_attns",
     "plan_attn",
     "register_attn",
+    "unfuse_",
     "uninstall",
 ]
 

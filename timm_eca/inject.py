@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .checkpoint import LoadGuard
+from .fused import fuse_blocks_
 from .gating import Gate, gate_block_, gated_class
 from .identity import check_identity, identity_factors, scale_
 from .layers.registry import AttnLayer, get_attn
@@ -68,14 +69,20 @@ def add_attn_(
     attn_stages: Sequence[int] | None = None,
     attn_where: str = "auto",
     attn_init: str = "default",
+    fused: bool = True,
 ) -> _ModelT:
     """Add a layer to a model already built, in place, and return the model.
 
     Weights already in the model stay; with attn_init='identity' the norms before the layers are scaled by a power
-    of two that the layers undo. All checks come before the first write. Arguments and errors as `plan_attn`.
+    of two that the layers undo. All checks come before the first write. Arguments and errors as `plan_attn`, and:
+
+    Args:
+        fused: Fuse the blocks that can be, see `fuse_`.
     """
     spec = AttnSpec(attn_layer, attn_kwargs, attn_stages, attn_where, attn_init)
     inject_(model, spec)
+    if fused:
+        fuse_blocks_(model)
     # timm saves these with the model (`save_for_hf`, `push_to_hf_hub`), so that `create_model` rebuilds it.
     model._model_args = {**getattr(model, "_model_args", {}), **spec.as_args()}  # type: ignore[assignment]
     return model

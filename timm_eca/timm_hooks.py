@@ -21,6 +21,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .fused import fuse_blocks_
 from .inject import ConstructorByTimm, ConstructorWithAttn, label_wrapper_, restart_identity_
 from .layers import EcaLayer
 from .layers import registry as attn_registry
@@ -65,12 +66,13 @@ def _get_attn(attn_type: Any) -> Any:
 
 @_hook(_timm_build_model_with_cfg)
 def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, *args, **kwargs):
-    asked = {name: kwargs[name] for name in ATTN_ARGS if kwargs.get(name) is not None}
+    asked = {name: kwargs[name] for name in (*ATTN_ARGS, "fused") if kwargs.get(name) is not None}
     if _names_self_attention(variant, model_cls, asked, kwargs.get("cfg")):
         return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
-    kwargs = {name: value for name, value in kwargs.items() if name not in ATTN_ARGS}
+    kwargs = {name: value for name, value in kwargs.items() if name not in (*ATTN_ARGS, "fused")}
     if not asked:
         return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
+    fused = asked.pop("fused", True)
     spec = _spec(asked)
     _check_pruned(variant, spec, kwargs)
     by_timm = _placed_by_timm(variant, spec, asked, kwargs.get("model_cfg"))
@@ -79,6 +81,8 @@ def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pre
     inner: Any = construct.model
     if pretrained and spec.attn_init == "identity" and model.pretrained_cfg.get("custom_load"):
         restart_identity_(inner)  # the model read foreign weights by itself, past the guard on loading
+    if fused:
+        fuse_blocks_(model)
     return model if hasattr(model, "attn_spec") else label_wrapper_(model, inner)
 
 
@@ -116,7 +120,9 @@ def _placed_by_timm(variant: str, spec: AttnSpec, asked: dict[str, Any], cfg: An
 
 def _spec(asked: dict[str, Any]) -> AttnSpec:
     if "attn_layer" not in asked:
-        raise ValueError(f"{', '.join(asked)} given without attn_layer. Name the layer, for example attn_layer='eca'.")
+        raise ValueError(
+            f"{', '.join(asked) or 'fused'} given without attn_layer. Name the layer, for example attn_layer='eca'."
+        )
     return AttnSpec(**asked)
 
 

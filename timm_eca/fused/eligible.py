@@ -1,0 +1,135 @@
+"""When a block's tail may be computed at once: everything it consists of is what the formula takes it for, now.
+
+Asked at every call, because hooks come and go and modules get replaced; so it must cost little. Whoever watches or transforms single
+operations (hooks, modes, tracers, functorch) gets the plain path.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import BatchNormAct2d, DropPath, EcaModule, FrozenBatchNormAct2d, SyncBatchNormAct
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from ..layers import EcaLayer
+from .halves import TailRule
+
+__all__ = ["FROZEN_NORMS", "Parts", "find_parts", "is_eca", "map_fits", "unwatched"]
+
+FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
+_SYNC_NORMS = (nn.SyncBatchNorm, SyncBatchNormAct)
+_NORMS = (nn.BatchNorm2d, BatchNormAct2d, *_SYNC_NORMS, *FROZEN_NORMS)
+_LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def is_eca(layer: object) -> bool:
+    """Whether a layer is ECA as the paper has it, this package's or timm's."""
+    if type(layer) is EcaModule:
+        layer_is_plain = layer.act is None and layer.conv2 is None
+    else:
+        layer_is_plain = type(layer) is EcaLayer
+    return layer_is_plain and _is_channel_conv(layer.conv) and not any(layer.gate.parameters())  # type: ignore
+
+
+class Parts(NamedTuple):
+    """The modules of a block's tail, and what would tell that they are no longer what they were.
+
+    Attributes:
+        norm: The norm.
+        attn: The attention.
+        drop_path: The drop path, None where there is none.
+        downsample: What the shortcut goes through, None where it goes unchanged.
+        act: The activation after the addition, None where there is none.
+        places: Where each module was found: a module's children, a name in them, and who was there.
+        hooks: The modules' dictionaries of hooks.
+    """
+
+    norm: Any
+    attn: Any
+    drop_path: Any
+    downsample: Any
+    act: Any
+    places: tuple[tuple[dict[str, Any], str, Any], ...]
+    hooks: tuple[dict[int, Any], ...]
+
+    def still_fit(self) -> bool:
+        """Whether the same modules are in their places, unheard by any hook."""
+        for children, name, module in self.places:
+            if children.get(name) is not module:
+                return False
+        if any(self.hooks):
+            return False
+        return not (self.norm.training and type(self.norm) in _SYNC_NORMS)  # those statistics are all processes'
+
+
+def find_parts(block: Any, rule: TailRule) -> Parts | None:
+    """Return the modules of a block's tail if they are what the formula takes them for, else None."""
+    conv, norm, attn = (getattr(block, name) for name in (rule.conv, rule.norm, rule.attn))
+    drop_path, downsample = block.drop_path, getattr(block, "downsample", None)
+    act = getattr(block, rule.act) if rule.act else None
+    drops = drop_path is None or type(drop_path) in (DropPath, nn.Identity)
+    if type(conv) is not nn.Conv2d or not (is_eca(attn) and _is_batch_norm(norm) and drops):
+        return None
+    heard = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act) if m is not None]
+    if torch.compiler.is_compiling():  # the compiler watches by itself, and would be slow to follow this
+        return None if any([_is_heard(m) for m in heard]) else Parts(norm, attn, drop_path, downsample, act, (), ())
+    of_block = [rule.conv, rule.norm, rule.attn, "drop_path", "downsample", *([rule.act] if rule.act else [])]
+    owned = [(block, of_block), (attn, ["conv", "gate"]), (norm, ["act", "drop"])]
+    places = tuple((m._modules, name, m._modules.get(name)) for m, names in owned for name in names)
+    return Parts(norm, attn, drop_path, downsample, act, places, tuple(d for m in heard for d in _hooks(m)))
+
+
+def map_fits(z: Tensor, of_batch: bool) -> bool:
+    """Whether a map can go through the passes: its type, layout and size."""
+    return (
+        type(z) is Tensor
+        and z.dim() == 4
+        and z.is_floating_point()
+        and z.numel() > 0
+        and any(z.is_contiguous(memory_format=layout) for layout in _LAYOUTS)
+        and not (of_batch and z.numel() == z.shape[1])  # batch norm has its own error for a single value
+    )
+
+
+def unwatched() -> bool:
+    """Whether nothing records or transforms the single operations that are carried out now."""
+    return not (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def _is_channel_conv(conv: object) -> bool:
+    return (
+        type(conv) is nn.Conv1d
+        and conv.weight.shape[:2] == (1, 1)
+        and conv.bias is None
+        and conv.padding == (conv.kernel_size[0] // 2,)
+        and conv.padding_mode == "zeros"
+        and conv.stride == conv.dilation == (1,)
+    )
+
+
+def _is_batch_norm(norm: Any) -> bool:
+    return (
+        type(norm) in _NORMS
+        and type(getattr(norm, "act", None)) in (type(None), nn.Identity)
+        and type(getattr(norm, "drop", None)) in (type(None), nn.Identity)
+    )
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+
+
+def _is_heard(module: nn.Module) -> bool:
+    return any([len(hooks) for hooks in _hooks(module)])

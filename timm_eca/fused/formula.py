@@ -1,0 +1,117 @@
+"""What the tail of a residual block computes: norm, ECA, drop path, addition and ReLU, as one formula.
+
+With z the map before the norm, m and v its statistics, gamma, beta and eps the norm's, p the mean of z over the map:
+
+    scale = gamma / sqrt(v + eps)
+    q = (p - m) * scale + beta                 what ECA pools: the mean of the normed map
+    w = sigmoid(C1D_k(q)) * drop               Eq. 9 of the paper; drop is the drop path's factor of each sample
+    out = relu(w * scale * (z - p) + w * q + shortcut)
+
+So z is read for its statistics and once more for the result, and all in between are vectors. The plain path keeps the
+normed map for the gradient of w. That gradient is scale times the sum over the map of grad * (z - p), plus q times the
+sum of grad: z, which the norm keeps anyway, serves both.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["Moments", "Running", "TailWeights", "gains", "tail_formula", "update_running", "vector_dtype"]
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance of each channel, (C,)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Running(NamedTuple):
+    """Running statistics to update: mean and unbiased variance (C,), and the weight of the batch's."""
+
+    mean: Tensor
+    var: Tensor
+    factor: float | Tensor
+
+
+class TailWeights(NamedTuple):
+    """What a tail computes with besides its maps.
+
+    Attributes:
+        kernel: ECA's kernel (1, 1, k).
+        gate: ECA's gate, a function of one tensor.
+        weight: The norm's weight gamma (C,), None for one.
+        bias: The norm's bias beta (C,), None for zero.
+        moments: The norm's statistics, None where they are those of the batch.
+        running: Statistics that the batch's update, None where none are kept.
+        drop: Factor of each sample (B, 1), None for one.
+        eps: The norm's epsilon.
+    """
+
+    kernel: Tensor
+    gate: Callable[[Tensor], Tensor]
+    weight: Tensor | None
+    bias: Tensor | None
+    moments: Moments | None
+    running: Running | None
+    drop: Tensor | None
+    eps: float
+
+
+def tail_formula(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
+    """Compute a tail (B, C, H, W) in plain differentiable operations, for compilers and for second derivatives.
+
+    Args:
+        z: Map before the norm (B, C, H, W).
+        shortcut: What is added, of z's shape and type, or None.
+        weights: What the tail computes with.
+        relu: Whether a ReLU ends it.
+    """
+    x = z.to(vector_dtype(z))
+    pooled = x.mean((2, 3))
+    moments = weights.moments or _batch_moments(x, pooled)
+    update_running(weights.running, moments, z)
+    scale, offset = gains(pooled, moments, weights)
+    out = ((x - pooled[..., None, None]) * scale[..., None, None] + offset[..., None, None]).to(z.dtype)
+    if shortcut is not None:
+        out = out + shortcut
+    return torch.relu(out) if relu else out
+
+
+def update_running(running: Running | None, moments: Moments, z: Tensor) -> None:
+    """Update running statistics by those of a batch, as `torch.nn.BatchNorm2d` does."""
+    if running is None:
+        return
+    count = z[:, 0].numel()
+    with torch.no_grad():
+        running.mean.lerp_(moments.mean.to(running.mean.dtype), running.factor)
+        running.var.lerp_((moments.var * (count / (count - 1))).to(running.var.dtype), running.factor)
+
+
+def gains(pooled: Tensor, moments: Moments, weights: TailWeights) -> tuple[Tensor, Tensor]:
+    """Return w * scale and w * q, both (B, C), given the pooled map. Differentiable; vectors only."""
+    dtype = pooled.dtype
+    scale = (moments.var.to(dtype) + weights.eps).rsqrt()
+    if weights.weight is not None:
+        scale = scale * weights.weight.to(dtype)
+    q = (pooled - moments.mean.to(dtype)) * scale
+    if weights.bias is not None:
+        q = q + weights.bias.to(dtype)
+    kernel = weights.kernel.to(dtype)
+    w = weights.gate(functional.conv1d(q[:, None], kernel, padding=kernel.shape[2] // 2)[:, 0])
+    if weights.drop is not None:
+        w = w * weights.drop.to(dtype)
+    return w * scale, w * q
+
+
+def vector_dtype(z: Tensor) -> torch.dtype:
+    """Return the type of a map's statistics and gains: float32 for half precision, as batch norm has it."""
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+def _batch_moments(x: Tensor, pooled: Tensor) -> Moments:
+    mean = pooled.mean(0)
+    return Moments(mean, (x - mean[:, None, None]).square().mean((0, 2, 3)))

@@ -1,0 +1,84 @@
+"""A block's forward in two halves, cut before its last norm.
+
+The halves are timm's own source: a fused block runs the first as it is, and the second where it cannot fuse. A new
+timm whose forward no longer fits its rule is not cut, and its blocks are not fused.
+"""
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+__all__ = ["Halves", "TailRule", "halves_of"]
+
+
+class TailRule(NamedTuple):
+    """What the end of a block's forward consists of: names of the block's attributes.
+
+    Attributes:
+        conv: The convolution that ends the first half.
+        norm: The norm after it.
+        attn: The attention after the norm.
+        act: The activation after the addition, None where there is none.
+        rest: What else the second half uses.
+    """
+
+    conv: str
+    norm: str
+    attn: str
+    act: str | None
+    rest: frozenset[str]
+
+    @property
+    def names(self) -> set[str]:
+        """All that the second half uses."""
+        return {self.norm, self.attn, *self.rest} | ({self.act} if self.act else set())
+
+
+class Halves(NamedTuple):
+    """The two halves of a forward. `forward(x)` is `tail(block, *head(block, x))`."""
+
+    head: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+    tail: Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@cache
+def halves_of(cls: type[nn.Module], rule: TailRule) -> Halves | None:
+    """Return the halves of a class's forward, None where it is not as its rule says."""
+    try:
+        function = ast.parse(textwrap.dedent(inspect.getsource(cls.forward))).body[0]
+    except (OSError, TypeError):
+        return None
+    assert isinstance(function, ast.FunctionDef)
+    cut = next((i for i, line in enumerate(function.body) if rule.norm in _own_names(line)), 0)
+    head, tail = function.body[:cut], function.body[cut:]
+    names = set().union(*map(_own_names, tail))
+    if not head or _own_names(head[-1]) != {rule.conv} or names != rule.names:
+        return None
+    scope = vars(sys.modules[cls.forward.__module__])
+    head = [*head, *ast.parse("return x, shortcut").body]
+    return Halves(
+        _function("head", ["self", "x"], head, scope), _function("tail", ["self", "x", "shortcut"], tail, scope)
+    )
+
+
+def _own_names(node: ast.AST) -> set[str]:
+    """The attributes of self that a piece of source uses."""
+    return {
+        n.attr
+        for n in ast.walk(node)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"
+    }
+
+
+def _function(name: str, args: list[str], body: list[ast.stmt], scope: dict[str, Any]) -> Callable[..., Any]:
+    function = ast.parse(f"def {name}({', '.join(args)}): pass")
+    function.body[0].body = body  # type: ignore[attr-defined]
+    namespace: dict[str, Any] = {}
+    exec(compile(ast.fix_missing_locations(function), f"<{name}>", "exec"), scope, namespace)
+    return namespace[name]

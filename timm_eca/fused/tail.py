@@ -1,0 +1,79 @@
+"""The tail of a residual block as one autograd function that keeps no map but its input."""
+
+from typing import Any
+
+import torch
+from timm.layers import Sigmoid
+from torch import Tensor, nn
+
+from . import native, passes
+from .formula import Moments, TailWeights, tail_formula
+
+__all__ = ["fused_tail"]
+
+
+def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
+    """Compute `tail_formula`. Where no gradient is asked for, z is overwritten.
+
+    A block keeps z, the output where a ReLU ends it (the next block keeps it too), and one vector of each sample.
+    """
+    if torch.is_autocast_enabled(z.device.type):
+        with torch.autocast(z.device.type, enabled=False):
+            return fused_tail(z, shortcut, weights, relu)
+    if torch.is_grad_enabled():
+        tensors = (z, shortcut, weights.weight, weights.bias, weights.kernel)
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return _FusedTail.apply(*tensors, weights, relu)
+    return _engine(z, shortcut, weights).forward(z, shortcut, weights, relu, inplace=True)[0]
+
+
+def _engine(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> Any:
+    if not isinstance(weights.gate, (nn.Sigmoid, Sigmoid)):
+        return passes
+    running = weights.running or (None, None, 0.0)
+    vectors = (weights.weight, weights.bias, weights.kernel, weights.drop, *(weights.moments or ()), *running[:2])
+    return native if native.takes(z, shortcut, *vectors) else passes
+
+
+class _FusedTail(torch.autograd.Function):
+    """The autograd shell around the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, z, shortcut, weight, bias, kernel, weights, relu):
+        ctx.engine = _engine(z, shortcut, weights)
+        out, pooled, moments = ctx.engine.forward(z, shortcut, weights, relu, inplace=False)
+        ctx.rest = weights.gate, weights.eps, weights.moments is None
+        ctx.save_for_backward(z, out if relu else None, pooled, *moments, weight, bias, kernel, weights.drop)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad):
+        if torch.is_autocast_enabled(grad.device.type):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _FusedTail.backward(ctx, grad)
+        z, out, pooled, mean, var, weight, bias, kernel, drop = ctx.saved_tensors
+        gate, eps, of_batch = ctx.rest
+        weights = TailWeights(kernel, gate, weight, bias, Moments(mean, var), None, drop, eps)
+        if torch.is_grad_enabled():
+            grads = _differentiable(grad, out, z, weights, ctx.needs_input_grad, of_batch)
+        else:
+            wanted = [*ctx.needs_input_grad[:5], of_batch]
+            grads = ctx.engine.backward(_as_format(grad, z), out, z, pooled, weights, wanted)
+        return *grads, None, None
+
+
+def _differentiable(grad: Tensor, out: Tensor | None, z: Tensor, weights: TailWeights, wanted: Any, of_batch: bool):
+    """Return the gradients by differentiating the formula, so that they can be differentiated again."""
+    grad = grad if out is None else grad * (out > 0)
+    result = tail_formula(z, None, weights._replace(moments=None) if of_batch else weights, relu=False)
+    inputs = (z, weights.weight, weights.bias, weights.kernel)
+    asked = [t if want else None for t, want in zip(inputs, (wanted[0], *wanted[2:5]))]
+    dz, *d_weights = passes.grads_of((result,), (grad,), asked, create_graph=True)
+    return [dz, grad if wanted[1] else None, *d_weights]
+
+
+def _as_format(grad: Tensor, z: Tensor) -> Tensor:
+    """Return a gradient in the type and memory format of a map: pooling hands back expanded ones."""
+    layout = torch.contiguous_format if z.is_contiguous() else torch.channels_last
+    return grad.to(z.dtype).contiguous(memory_format=layout)
