@@ -11,11 +11,24 @@ import timm_eca
 
 MODULES = [m.name for m in pkgutil.walk_packages(timm_eca.__path__, "timm_eca.")]
 # Each may import from those before it, and from itself.
-STREET = ["checkout", "errors", "outputs", "layers", "spec", "blocks", "gating", "branches", "placement", "identity"]
+STREET = [
+    "checkout",
+    "errors",
+    "outputs",
+    "paper",
+    "layers",
+    "spec",
+    "blocks",
+    "gating",
+    "branches",
+    "placement",
+    "identity",
+]
 STREET += [
     "checkpoint",
     "inject",
     "weights",
+    "paper",
     "models",
     "timm_hooks",
     "coverage",
