@@ -28,6 +28,8 @@ STREET += [
     "checkpoint",
     "inject",
     "weights",
+    "hub_errors",
+    "hub_cache",
     "paper",
     "models",
     "timm_hooks",
@@ -37,7 +39,7 @@ STREET += [
     "cards",
     "layouts",
 ]
-STREET += ["checkpoint_files", "hub", "convert", "complexity", "scripts", "demo", "cli"]
+STREET += ["checkpoint_files", "saving", "hub", "convert", "complexity", "scripts", "demo", "cli"]
 
 
 def imports_of(module):
