@@ -20,7 +20,7 @@ from .errors import IntegrityError, WeightsError
 from .hub_cache import hub_folder, split_hub_id
 from .hub_errors import explain, with_retries
 from .saving import FILES, describe, save, write_folder
-from .weights import CARD, WEIGHTS, check_folder, read_config
+from .weights import CARD, WEIGHTS, check_folder, read_config, recorded_digest
 
 __all__ = ["describe", "load", "push", "save", "verify", "write_folder"]
 
@@ -141,7 +141,10 @@ def _checked(source: str | Path, cache_dir: Any = None, token: Any = None) -> tu
     elif isinstance(source, Path) or source.startswith((".", "/", "~")):
         raise ValueError(f"There is no folder {source}.")
     else:
-        folder = hub_folder(source, cache_dir=cache_dir, token=token)
+        try:
+            folder = hub_folder(source, cache_dir=cache_dir, token=token)
+        except ValueError as error:
+            raise ValueError(f"There is no folder {source}. {error}") from None
         config = read_config(folder)
     if not timm.is_model(config["architecture"]):
         raise WeightsError(f"{source} is a {config['architecture']!r}, which timm {timm.__version__} does not have.")
@@ -159,7 +162,8 @@ def verify(source: str | Path, *, cache_dir: Any = None, token: str | bool | Non
         WeightsError: If there is no digest, it differs, or tensors' names or shapes do not fit the model.
     """
     folder, config = _checked(source, cache_dir, token)
-    if "weights" not in config:
+    sha256 = recorded_digest(config)
+    if sha256 is None:
         raise IntegrityError(f"{source} records no sha256 of its weights: nothing tells whether they are intact.")
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -178,7 +182,8 @@ def verify(source: str | Path, *, cache_dir: Any = None, token: str | bool | Non
         )
     return {
         "architecture": config["architecture"],
-        **config["weights"],
+        "sha256": sha256,
+        "size": (folder / WEIGHTS).stat().st_size,
         "tensors": len(found),
         "kernel_sizes": config.get("kernel_sizes"),
     }

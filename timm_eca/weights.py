@@ -15,7 +15,17 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import IntegrityError, MissingWeightsError
 
-__all__ = ["CARD", "CONFIG", "WEIGHTS", "check_folder", "check_small_file", "links_of", "read_config", "sha256_of"]
+__all__ = [
+    "CARD",
+    "CONFIG",
+    "WEIGHTS",
+    "check_folder",
+    "check_small_file",
+    "links_of",
+    "read_config",
+    "recorded_digest",
+    "sha256_of",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -70,7 +80,7 @@ def check_folder(folder: Path, *, digest_required: bool = False) -> dict[str, An
     path = folder / WEIGHTS
     if not path.is_file():
         raise MissingWeightsError(f"{folder} has no {WEIGHTS}; other formats than safetensors are not read.")
-    expected = _recorded_digest(config) or _digest_in_blob_name(path)
+    expected = recorded_digest(config) or _digest_in_blob_name(path)
     actual = sha256_of(path)
     if expected is None and digest_required:
         raise IntegrityError(f"{folder / CONFIG} records no sha256 of {WEIGHTS}, which has {actual}.")
@@ -82,7 +92,12 @@ def check_folder(folder: Path, *, digest_required: bool = False) -> dict[str, An
     return config
 
 
-def _recorded_digest(config: dict[str, Any]) -> str | None:
+def recorded_digest(config: dict[str, Any]) -> str | None:
+    """Return the sha256 of the weights that a config records, None if it records none.
+
+    Raises:
+        IntegrityError: If what it records is no sha256.
+    """
     weights = config.get("weights")
     digest = weights.get("sha256") if isinstance(weights, dict) else None
     if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", str(digest)):
