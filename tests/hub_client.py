@@ -56,7 +56,7 @@ def _run(code, env, cwd):
     os.environ.update(env)
     os.chdir(cwd)
     for number, name in ((1, "output"), (2, "errors")):
-        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     exec(code, {"__name__": "__main__"})
 
 
@@ -79,9 +79,9 @@ class Client:
     def start(self, code, **env):
         return self.spawn(PRELUDE + code + EPILOGUE, env)
 
-    def spawn(self, code, env):
-        self.cwd = self.home.parent / f"cwd-{time.monotonic_ns()}"
-        self.cwd.mkdir()
+    def spawn(self, code, env, cwd=None):
+        self.cwd = cwd or self.home.parent / f"cwd-{time.monotonic_ns()}"
+        self.cwd.mkdir(exist_ok=True)
         self.process = PROCESSES.Process(target=_run, args=(code, self.env | env, self.cwd))
         self.process.start()
         return self
@@ -110,7 +110,7 @@ class Client:
         self.process.join(timeout=60)
         assert reached()
 
-    def command(self, *arguments, **env):
+    def command(self, *arguments, cwd=None, **env):
         """Run timm-eca; return its exit code, output and error output."""
         code = f"import sys, timm_eca.cli\nsys.exit(timm_eca.cli.main({[*map(str, arguments)]}))"
-        return self.spawn(code, env).wait()
+        return self.spawn(code, env, cwd).wait()
