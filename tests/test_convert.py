@@ -64,6 +64,18 @@ class TestGolden:
         assert config.pop("weights")["sha256"] == sha256_of(tmp_path / "out" / "model.safetensors")
         assert config == read_config(repository / "hub_configs" / f"{name}.ecanet_in1k")
 
+    @pytest.mark.parametrize("name", ["eca_resnet34", "eca_resnet101", "eca_resnet152"])
+    def test_logits_of_the_others(self, name):
+        """As above, without the files, which are large."""
+        theirs = randomize_(official(name)).eval()
+        found = infer(theirs.state_dict())
+        ours = timm.create_model(found.model, kernel_sizes=found.kernel_sizes).eval()
+        ours.load_state_dict(found.tensors)
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            logits = theirs(x)
+            torch.testing.assert_close(ours(x), logits, rtol=1e-4, atol=1e-5 * float(logits.abs().max()))
+
 
 class TestFormats:
     def loads(self, path, resnet18, tmp_path, **kwargs):

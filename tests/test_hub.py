@@ -222,3 +222,12 @@ class TestCheck:
     def test_neither_folder_nor_repository(self, source, capsys):
         assert main(["verify", source]) == 2
         assert "There is no folder" in capsys.readouterr().err
+
+
+def test_by_attribute(run_python):
+    run_python(
+        "import sys, timm_eca\n"
+        "assert 'timm_eca.hub' not in sys.modules\n"
+        "assert timm_eca.hub.load and timm_eca.convert.convert\n"
+        "assert not hasattr(timm_eca, 'conv')"
+    )
