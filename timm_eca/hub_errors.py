@@ -40,7 +40,9 @@ def with_retries(call: Callable[[], Any], hub_id: str, filename: str) -> Any:
 
 def _passing(error: Exception) -> bool:
     # The client's HTTP library differs by version, httpx2, httpx or requests, and so do the classes; not their names.
-    if {"TransportError", "ConnectionError"} & {base.__name__ for base in type(error).mro()}:
+    # Python's own ConnectionError is hf_xet's, which has tried for minutes then.
+    names = {base.__name__ for base in type(error).mro() if base.__module__ != "builtins"}
+    if names & {"TransportError", "ConnectionError"}:
         return True
     status = getattr(getattr(error, "response", None), "status_code", 0)
     return "Consistency check failed" in str(error) or (isinstance(error, HfHubHTTPError) and status >= 500)
