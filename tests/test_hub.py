@@ -107,7 +107,8 @@ class TestSave:
         out = hub.save(torch.nn.DataParallel(torch.compile(net)), tmp_path / "m")
         assert load_file(out / "model.safetensors").keys() == net.state_dict().keys()
 
-    def test_old_folder(self, net, tmp_path):
+    def test_old_folder(self, tmp_path):
+        net = made(NET)
         for seed in (1, 2):
             randomize_(net, seed)
             hub.save(net, tmp_path / "m")

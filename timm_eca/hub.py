@@ -134,10 +134,12 @@ def _attn_args(config: dict[str, Any]) -> dict[str, Any]:
     return {**config["attn"], "block_args": block_args}
 
 
-def _checked(source: str | Path, cache_dir: Any = None, token: Any = None) -> tuple[Path, dict[str, Any]]:
+def _checked(
+    source: str | Path, cache_dir: Any, token: Any, digest_required: bool = False
+) -> tuple[Path, dict[str, Any]]:
     """Return the folder that source names or that its files were downloaded to, and its config, after the check."""
     if Path(source).is_dir():
-        folder, config = Path(source), check_folder(Path(source))
+        folder, config = Path(source), check_folder(Path(source), digest_required=digest_required)
     elif isinstance(source, Path) or source.startswith((".", "/", "~")):
         raise ValueError(f"There is no folder {source}.")
     else:
@@ -161,7 +163,7 @@ def verify(source: str | Path, *, cache_dir: Any = None, token: str | bool | Non
         ValueError: If source is neither folder nor repository name.
         WeightsError: If there is no digest, it differs, or tensors' names or shapes do not fit the model.
     """
-    folder, config = _checked(source, cache_dir, token)
+    folder, config = _checked(source, cache_dir, token, digest_required=True)
     sha256 = recorded_digest(config)
     if sha256 is None:
         raise IntegrityError(f"{source} records no sha256 of its weights: nothing tells whether they are intact.")
