@@ -11,7 +11,7 @@ from typing import Any
 from timm_eca.complexity import paper_tables
 from timm_eca.complexity.compare import compare
 from timm_eca.complexity.counting import check_counter
-from timm_eca.complexity.tables import UNITS
+from timm_eca.paper import UNITS
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("ResNet", "SENet", "CBAM", "A2-Nets", "ECA-Net")

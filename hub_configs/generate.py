@@ -1,6 +1,6 @@
 """Write one folder per released model: its config.json in timm's schema and its model card.
 
-Everything comes from the registered models and the paper's data (`timm_eca/models/released.py`):
+Everything comes from the registered models and the paper's data (`timm_eca/paper_tables.json`):
 `python hub_configs/generate.py [FOLDER]`, or `make hub-configs`.
 """
 

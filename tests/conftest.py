@@ -54,3 +54,64 @@ def run_python(tmp_path):
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).parent.parent
+
+
+@pytest.fixture
+def server():
+    """A Hugging Face Hub on the loopback interface."""
+    from hub_server import Hub
+
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def client(server, tmp_path):
+    """Make clients of the server, each with a fresh cache."""
+    from hub_client import Client
+
+    homes = iter(range(100))
+    return lambda **kwargs: Client(server.url, tmp_path / f"home-{next(homes)}", **kwargs)
+
+
+@pytest.fixture(scope="session")
+def net():
+    """A small model as it is published."""
+    import timm
+
+    import timm_eca  # noqa: F401
+
+    torch.manual_seed(0)
+    return randomize_(timm.create_model("eca_mobilenetv2_050"))
+
+
+@pytest.fixture(scope="session")
+def folder(net, tmp_path_factory):
+    """The model's folder in Hub format."""
+    from timm_eca import hub
+
+    return hub.save(net, tmp_path_factory.mktemp("saved") / "eca_mobilenetv2_050.ecanet_in1k")
+
+
+@pytest.fixture(scope="session")
+def resnet18():
+    """The official ECA-ResNet-18, stated independently."""
+    from official import official
+
+    torch.manual_seed(0)
+    return randomize_(official("eca_resnet18")).eval()
+
+
+@pytest.fixture
+def saved(resnet18, tmp_path):
+    """Save a checkpoint of the official ECA-ResNet-18, edited; returns its path."""
+    from official import training_checkpoint
+
+    def save(edit=None, name="model_best.pth.tar"):
+        checkpoint = training_checkpoint(resnet18)
+        if edit:
+            checkpoint = edit(checkpoint) or checkpoint
+        torch.save(checkpoint, tmp_path / name)
+        return tmp_path / name
+
+    return save

@@ -1,79 +1,31 @@
 """A strict Hugging Face Hub on the loopback interface, for the protocol that huggingface_hub speaks.
 
-Repositories with commits, branches and pull requests; files small (git blobs) and large (LFS objects, which a second
-listener serves as the CDN does, from another origin). It checks every hash and size, refuses commits that name
-unknown objects, and asks for tokens. Faults can be planted by method and path.
+Files are small (git blobs) or large (LFS or Xet objects, which a second listener serves as the CDN does, from another
+origin). It checks every hash and size, refuses commits that name unknown objects, and asks for tokens. Faults can be
+planted by method and path.
 """
 
 import base64
 import hashlib
 import json
 import re
-import socket
-import struct
 import threading
-from collections import Counter
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from http.server import ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+from hub_store import LARGE, RefusedError, Repo, Store
+from hub_wire import Wire
+from hub_xet import XetRoutes, XetStore
 
 WRITER, READER = "hf_writer", "hf_reader"
-LARGE = (".safetensors", ".bin", ".pth")
-MAX_BODY = 256 << 20
 
 
-class RefusedError(Exception):
-    def __init__(self, status, message, code=None):
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
-
-
-@dataclass
-class Repo:
-    private: bool = False
-    gated: bool = False
-    commits: dict = field(default_factory=dict)  # oid -> {path: digest}
-    refs: dict = field(default_factory=dict)
-    pulls: int = 0
-
-    def commit(self, ref, files):
-        oid = hashlib.sha1(f"{len(self.commits)}{ref}{sorted(files.items())}".encode()).hexdigest()
-        self.commits[oid] = files
-        self.refs[ref] = oid
-        return oid
-
-    def resolve(self, revision):
-        oid = self.refs.get(revision, revision)
-        if oid not in self.commits:
-            raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return oid
-
-
-@dataclass
-class Fault:
-    """What goes wrong: a status code, or 'reset', 'truncate', 'flip' of a body; times -1 is always."""
-
-    method: str
-    path: str
-    kind: int | str
-    times: int = 1
-
-
-def git_blob(content):
-    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-
-
-class Hub:
-    """The server; a context manager that stops it. State may be read and planted by the test that owns it."""
+class Hub(Store):
+    """The server; a context manager that stops it."""
 
     def __init__(self):
-        self.repos: dict[str, Repo] = {}
-        self.objects: dict[str, bytes] = {}  # by sha256 (large) or git's sha1 (small)
-        self.faults: list[Fault] = []
-        self.log: list[tuple[str, str, int]] = []
-        self.headers: list[tuple[str, dict]] = []
-        self.lock = threading.RLock()
+        super().__init__()
+        self.xet = XetStore()
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self.listeners = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
         self.url, self.cdn_url = (f"http://127.0.0.1:{s.server_port}" for s in self.listeners)
@@ -88,44 +40,18 @@ class Hub:
         self.stop()
 
     def stop(self):
+        self.stalled.set()
         for listener in self.listeners:
             listener.shutdown()
             listener.server_close()
 
-    def fault(self, method, path, kind, times=1):
-        self.faults.append(Fault(method, path, kind, times))
 
-    def take_fault(self, method, path):
-        with self.lock:
-            for fault in self.faults:
-                if fault.method == method and fault.path in path and fault.times:
-                    fault.times -= 1
-                    return fault.kind
-        return None
-
-    def put(self, repo_id, folder, **kwargs):
-        """Commit the files of a folder to main, past the network."""
-        repo = self.repos.setdefault(repo_id, Repo(**kwargs))
-        files = {path.name: self.store(path.name, path.read_bytes()) for path in Path(folder).iterdir()}
-        return repo.commit("main", files)
-
-    def store(self, name, content):
-        digest = hashlib.sha256(content).hexdigest() if name.endswith(LARGE) else git_blob(content)
-        self.objects[digest] = content
-        return digest
-
-    def files(self, repo_id, revision="main"):
-        repo = self.repos[repo_id]
-        return {path: self.objects[digest] for path, digest in repo.commits[repo.resolve(revision)].items()}
-
-    def count(self, *methods):
-        return Counter(method for method, *_ in self.log if method in methods)
-
-
-ROUTES = [
+ROUTES = (
     ("GET|HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     ("GET", r"/cdn/([0-9a-f]{64})", "cdn"),
-    ("GET", r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", "revision"),
+    ("GET", r"/api/models/([^/]+/[^/]+)", "info"),
+    ("GET", r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", "info"),
+    ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", "branch"),
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
     ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
@@ -133,81 +59,12 @@ ROUTES = [
     ("PUT", r"/lfs/([^/]+/[^/]+)/([0-9a-f]{64})", "lfs_put"),
     ("POST", r"/lfs/([^/]+/[^/]+)/verify", "lfs_verify"),
     ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
-]
+)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(XetRoutes, Wire):
     hub: Hub
-    protocol_version = "HTTP/1.1"
-    timeout = 30
-
-    def log_message(self, *_):
-        pass
-
-    def handle_any(self):
-        self.close_connection = True  # a stopped server must not live on in open connections
-        path = urlsplit(self.path).path
-        try:
-            fault = self.hub.take_fault(self.command, self.path)
-            body = self.read_body()
-            if isinstance(fault, int):
-                raise RefusedError(fault, "planted")
-            if fault == "reset" and self.command in ("PUT", "POST"):
-                self.note(0)
-                return self.reset()
-            for methods, pattern, name in ROUTES:
-                match = re.fullmatch(pattern, path)
-                if match and self.command in methods.split("|"):
-                    return getattr(self, name)(*map(unquote, match.groups()), body=body, fault=fault)
-            raise RefusedError(404, f"no such route: {self.command} {path}")
-        except RefusedError as refused:
-            headers = {"X-Error-Message": refused.message} | ({"X-Error-Code": refused.code} if refused.code else {})
-            self.answer({"error": refused.message}, refused.status, headers)
-
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815
-
-    def read_body(self):
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            parts = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
-        length = int(self.headers.get("Content-Length") or 0)
-        if length > MAX_BODY:
-            raise RefusedError(413, "too large")
-        return self.rfile.read(length)
-
-    def note(self, status):
-        with self.hub.lock:  # before answering: the client may be gone, the test looking, right after it
-            self.hub.log.append((self.command, self.path, status))
-            self.hub.headers.append((self.path, dict(self.headers)))
-
-    def answer(self, content, status=200, headers=None, fault=None):
-        payload = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.note(status)
-        self.send_response(status)
-        headers = {"Content-Length": str(len(payload)), "Connection": "close"} | (headers or {})
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if fault == "flip":
-            middle = len(payload) // 2
-            payload = payload[:middle] + bytes([payload[middle] ^ 1]) + payload[middle + 1 :]
-        if fault in ("reset", "truncate"):
-            self.wfile.write(payload[: len(payload) // 2])
-            self.wfile.flush()
-            return self.reset() if fault == "reset" else None
-        self.wfile.write(payload)
-
-    def reset(self):
-        """End the connection with RST rather than FIN."""
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.connection.close()
-        self.wfile = self.rfile = open("/dev/null", "r+b", buffering=0)  # noqa: SIM115
+    routes = ROUTES + XetRoutes.routes
 
     # Who may do what
 
@@ -246,29 +103,29 @@ class Handler(BaseHTTPRequestHandler):
         if digest is None:
             raise RefusedError(404, "Entry not found", "EntryNotFound")
         content = self.hub.objects[digest]
-        headers = {"X-Repo-Commit": oid, "ETag": f'"{digest}"'}
+        headers = {"X-Repo-Commit": oid, "ETag": f'"{digest}"'} | self.named(path)
         if len(digest) == 40:
             return self.answer(content, 200, headers, fault)
         headers |= {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
-        headers |= {"Location": f"{self.hub.cdn_url}/cdn/{digest}?for={repo_id}", "Content-Length": "0"}
+        if digest in self.hub.xet.hash_of:
+            route = f"{self.hub.url}/api/models/{repo_id}/xet-read-token/{oid}"
+            headers |= {"X-Xet-Hash": self.hub.xet.hash_of[digest], "X-Xet-Refresh-Route": route}
+        headers |= {"Location": f"{self.hub.cdn_url}/cdn/{digest}?for={repo_id}&file={path}", "Content-Length": "0"}
         self.answer(b"", 302, headers)
 
     def cdn(self, digest, body, fault):
         if "Authorization" in self.headers:
             raise RefusedError(400, "the CDN must not see a token")
-        content = self.hub.objects[digest]
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not asked:
-            return self.answer(content, 200, {}, fault)
-        start, end = int(asked[1]), int(asked[2] or len(content) - 1)
-        if start >= len(content):
-            raise RefusedError(416, "out of range")
-        where = {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
-        self.answer(content[start : end + 1], 206, where, fault)
+        name = parse_qs(urlsplit(self.path).query)["file"][0]
+        self.ranged(self.hub.objects[digest], fault, self.named(name))
 
-    def revision(self, repo_id, revision, body, fault):
-        oid = self.readable(repo_id).resolve(revision)
-        self.answer({"id": repo_id, "modelId": repo_id, "sha": oid, "siblings": [], "private": False, "tags": []})
+    def named(self, path):
+        return {"Content-Disposition": f'inline; filename="{path}";'}
+
+    def info(self, repo_id, revision="main", *, body, fault):
+        repo = self.readable(repo_id)
+        oid = repo.resolve(revision)
+        self.answer({"id": repo_id, "sha": oid, "siblings": [], "private": repo.private, "tags": []})
 
     # Writing
 
@@ -285,6 +142,13 @@ class Handler(BaseHTTPRequestHandler):
                 repo = self.hub.repos[repo_id] = Repo(private=private)
                 repo.commit("main", {".gitattributes": self.hub.store(".gitattributes", b"*.safetensors lfs\n")})
         self.answer({"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}, status)
+
+    def branch(self, repo_id, name, body, fault):
+        repo = self.writable(repo_id)
+        if name in repo.refs or name.startswith("refs/"):
+            raise RefusedError(409, "Reference already exists, or is none of a branch")
+        repo.refs[name] = repo.resolve(json.loads(body).get("startingPoint", "main"))
+        self.answer({})
 
     def validate_yaml(self, body, fault):
         text = json.loads(body)["content"]

@@ -9,6 +9,7 @@ from golden import GOLDEN
 from huggingface_hub import ModelCard
 
 from timm_eca.models.released import RELEASED
+from timm_eca.paper import paper_tables
 from timm_eca.weights import read_config
 
 PUBLISHED = [f"{name}.ecanet_in1k" for name in RELEASED]
@@ -27,6 +28,22 @@ def test_nothing_drifted(repository, tmp_path):
 
 def test_the_released_models_are_the_official_ones():
     assert list(RELEASED) == list(GOLDEN)
+
+
+def test_figures_are_those_of_paper_and_readme():
+    figures = RELEASED["eca_resnet50"]
+    assert (figures.top1, figures.top5, figures.multiply_adds) == (77.42, 93.62, "3.86G")
+    assert (figures.paper_top1, figures.paper_top5, figures.paper_table) == (77.48, 93.68, "Table 3")
+    assert RELEASED["eca_resnet18"].paper_table == "supplement, Table A"
+    assert RELEASED["eca_mobilenetv2_100"].multiply_adds == "319.9M"
+
+
+@pytest.mark.parametrize("family", ["resnet", "mobilenetv2"])
+def test_recipes_to_train_with_are_the_papers(family, repository):
+    settings = yaml.safe_load((repository / "benchmarks" / "recipes" / f"paper_{family}.yaml").read_text())
+    quoted = {k: float(v) for k, v in paper_tables()["recipes"][family].items() if k not in ("source", "optimizer")}
+    quoted["drop"] = quoted.pop("dropout", 0.0)
+    assert {key: float(settings.get(key, 0)) for key in quoted} == quoted
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

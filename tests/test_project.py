@@ -16,6 +16,7 @@ STREET = [
     "checkout",
     "errors",
     "outputs",
+    "paper",
     "layers",
     "spec",
     "blocks",
@@ -29,6 +30,9 @@ STREET += [
     "checkpoint",
     "inject",
     "weights",
+    "hub_errors",
+    "hub_cache",
+    "paper",
     "models",
     "timm_hooks",
     "coverage",
@@ -37,7 +41,7 @@ STREET += [
     "cards",
     "layouts",
 ]
-STREET += ["checkpoint_files", "hub", "convert", "complexity", "scripts", "demo", "cli"]
+STREET += ["checkpoint_files", "saving", "hub", "convert", "complexity", "scripts", "demo", "cli"]
 
 
 def imports_of(module):

@@ -4,7 +4,9 @@ Importing the package registers its attention layers and models with timm:
 `timm.create_model('resnet50', attn_layer='eca')`, `timm.create_model('eca_resnet50')`.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 from . import checkout  # noqa: F401  first: it sees to it that the installed timm is imported
 from .fused import fuse_, unfuse_
@@ -36,3 +38,10 @@ __all__ = [
 __version__ = version("timm-eca")
 
 install()
+
+
+def __getattr__(name: str) -> Any:
+    """Import `timm_eca.convert` and `timm_eca.hub` when they are first named."""
+    if name in ("convert", "hub"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,9 @@
 
 import argparse
 import pickle
+import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,13 +30,19 @@ def read_tensors(path: str | Path, *, ema: bool = False) -> StateDict:
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
     content = _read_safetensors(path) if _looks_like_safetensors(path) else _read_pickle(path)
-    tensors = clean_state_dict(_state_dict(content, path, ema))
+    found = _state_dict(content, path, ema)
+    tensors = clean_state_dict(found)
+    if len(tensors) != len(found):
+        raise ValueError(f"{path} holds the same tensors more than once, with prefixes such as 'module.' and without.")
     return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def _looks_like_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(9)[8:9] == b"{" and not zipfile.is_zipfile(path)
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:9] == b"{" and not zipfile.is_zipfile(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -46,23 +54,46 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script saves its arguments
+        # timm's training script saves its arguments. Warnings say before an error what the error says again.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(_why_unreadable(path, str(error))) from None
     except (EOFError, OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        if "weights_only" in str(error):
+            raise ValueError(_refusal(path, "TorchScript, or a tar file as torch.save wrote them first")) from None
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is truncated, or no file of torch.save or safetensors: {reason}.") from None
 
 
 def _why_unreadable(path: Path, reason: str) -> str:
-    wanted = re.search(r"(?:GLOBAL|global|class|instruction) ([\w.]+)", reason)
-    if wanted and "Unsupported" in reason:
-        return (
-            f"{path} is refused: it is a pickle that wants to run code ({wanted[1]}) when it is read. Only tensors and"
-            " plain values are read; save its state_dict() alone, best as safetensors."
-        )
-    return f"{path} is truncated, or no file of torch.save or safetensors."
+    named = re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", reason)
+    wanted = named[1] if named else _first_import(path)
+    return _refusal(path, wanted) if wanted else f"{path} is truncated, or no file of torch.save or safetensors."
+
+
+def _refusal(path: Path, code: str) -> str:
+    return (
+        f"{path} is refused: it is a pickle that wants to run code ({code}) when it is read. Only tensors and plain"
+        " values are read; save its state_dict() alone, best as safetensors."
+    )
+
+
+def _first_import(path: Path) -> str | None:
+    """Return what a plain pickle, which torch.save does not write, would import first; the pickle is not run."""
+    texts: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name in ("GLOBAL", "INST"):
+                    return str(argument).replace(" ", ".")
+                if opcode.name == "STACK_GLOBAL":
+                    return ".".join(texts[-2:])
+                texts += [argument] if isinstance(argument, str) else []
+    except Exception:  # no pickle, or a damaged one
+        return None
+    return None
 
 
 def _state_dict(content: Any, path: Path, ema: bool) -> StateDict:
@@ -73,9 +104,11 @@ def _state_dict(content: Any, path: Path, ema: bool) -> StateDict:
     if found is None and ema:
         raise ValueError(f"{path} has no moving average of the weights (state_dict_ema); it has {some(content)}.")
     found = content if found is None else found
+    if not found:
+        raise ValueError(f"{path} holds no state dict: it is empty.")
     other = [key for key, value in found.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
-    if other or not found:
-        raise ValueError(f"{path} holds no state dict: {some(other) or 'nothing'} is no tensor.")
+    if other:
+        raise ValueError(f"{path} holds no state dict: {some(other)} is no tensor.")
     return found
 
 

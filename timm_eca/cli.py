@@ -49,7 +49,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_convert(commands) -> None:
-    convert = commands.add_parser("convert", help="turn an official or timm training checkpoint into Hub format")
+    convert = commands.add_parser(
+        "convert",
+        help="turn an official or timm training checkpoint into Hub format",
+        description="Turn a checkpoint of the paper's authors or of timm's train.py, or a state dict, into a folder in"
+        " Hub format. The model and its kernel sizes are inferred from the weights; no code of a pickle is run.",
+    )
     convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="file of torch.save or safetensors")
     convert.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write, new or empty")
     convert.add_argument("--model", metavar="NAME", help="what the file must hold (default: inferred from it)")
@@ -58,15 +63,24 @@ def _add_convert(commands) -> None:
 
 
 def _add_hub(commands) -> None:
-    push = commands.add_parser("push", help="upload a folder in Hub format")
-    push.add_argument("folder", type=Path, metavar="DIR")
+    push = commands.add_parser(
+        "push",
+        help="upload a folder in Hub format",
+        description="Check a folder in Hub format and upload it as one commit. Log in with hf auth login, or set"
+        " HF_TOKEN to a token that may write.",
+    )
+    push.add_argument("folder", type=Path, metavar="DIR", help="folder that timm-eca convert or hub.save wrote")
     push.add_argument("repo", metavar="org/name", help="repository, made if it does not exist")
-    push.add_argument("--private", action="store_true", help="make a new repository private")
-    push.add_argument("--revision", help="branch to commit to (default: main)")
+    push.add_argument("--private", action="store_true", help="make a new repository private; refuse a public one")
+    push.add_argument("--revision", help="branch to commit to, made if it does not exist (default: main)")
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     push.set_defaults(run=_push)
-    verify = commands.add_parser("verify", help="check weights against their recorded sha256 and their config")
-    verify.add_argument("source", metavar="DIR|org/name[@REV]")
+    verify = commands.add_parser(
+        "verify",
+        help="check weights against their recorded sha256 and their config",
+        description="Compare weights with the sha256 in their config.json, and their tensors with the model it names.",
+    )
+    verify.add_argument("source", metavar="DIR|org/name[@REV]", help="folder, or repository to download and check")
     verify.set_defaults(run=_verify)
 
 

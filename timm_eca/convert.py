@@ -112,7 +112,7 @@ def infer(tensors: StateDict, name: str = "The checkpoint") -> Checkpoint:
         ValueError: If it is none, not whole, or not finite.
     """
     official, renamed = in_timm_layout(tensors)
-    _check_finite(renamed, name)
+    _check_values(renamed, name)
     skeletons = {e.__name__: timm.create_model(e.__name__, device="meta") for e in ENTRYPOINTS}
     model, differences = _nearest(renamed, skeletons)
     if differences:
@@ -128,7 +128,10 @@ def infer(tensors: StateDict, name: str = "The checkpoint") -> Checkpoint:
     )
 
 
-def _check_finite(tensors: StateDict, name: str) -> None:
+def _check_values(tensors: StateDict, name: str) -> None:
+    odd = [key for key, t in tensors.items() if t.layout != torch.strided or t.is_quantized or t.is_meta]
+    if odd:
+        raise ValueError(f"{name} holds tensors that are sparse, quantized or without values: {some(odd)}.")
     bad = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
         raise ValueError(f"{name} holds values that are not finite (NaN or infinity) in {some(bad)}.")
@@ -145,23 +148,32 @@ def _nearest(tensors: StateDict, skeletons: dict[str, Any]) -> tuple[str, list[s
 
 def _differences(tensors: StateDict, skeleton: Any) -> list[str]:
     expected = skeleton.state_dict()
+    head, stem = (skeleton.pretrained_cfg[k] for k in ("classifier", "first_conv"))
     free = {f"{site.path}.conv.weight": 2 for site in skeleton.attn_sites}  # the kernel size is whatever it is
-    free |= {f"{skeleton.pretrained_cfg['first_conv']}.weight": 1}
-    free |= {f"{skeleton.pretrained_cfg['classifier']}.{key}": 0 for key in ("weight", "bias")}
+    free |= {f"{stem}.weight": 1, f"{head}.weight": 0}
     counters = any(key.endswith(".num_batches_tracked") for key in tensors)  # files of PyTorch 0.3 have none
-    wanted = {k: t.shape for k, t in expected.items() if counters or not k.endswith(".num_batches_tracked")}
+    wanted = {k: t for k, t in expected.items() if counters or not k.endswith(".num_batches_tracked")}
+    if f"{head}.weight" in tensors and tensors[f"{head}.weight"].ndim:
+        wanted[f"{head}.bias"] = wanted[f"{head}.bias"].new_empty(tensors[f"{head}.weight"].shape[0])
     missing = [f"{key} is missing" for key in wanted if key not in tensors]
     foreign = [f"{key} has no place" for key in tensors if key not in wanted]
     reshaped = [
-        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(shape)}"
-        for key, shape in wanted.items()
-        if key in tensors and not _fits(tensors[key].shape, shape, free.get(key))
+        f"{key} is {_kind(tensors[key])}{tuple(tensors[key].shape)}, expected {_kind(tensor)}{tuple(tensor.shape)}"
+        for key, tensor in wanted.items()
+        if key in tensors and not _fits(tensors[key], tensor, free.get(key))
     ]
     return missing + reshaped + foreign
 
 
-def _fits(shape: torch.Size, expected: torch.Size, free: int | None) -> bool:
-    return len(shape) == len(expected) and all(a == b for i, (a, b) in enumerate(zip(shape, expected)) if i != free)
+def _kind(tensor: torch.Tensor) -> str:
+    return "" if tensor.is_floating_point() else f"{str(tensor.dtype).removeprefix('torch.')} "
+
+
+def _fits(tensor: torch.Tensor, expected: torch.Tensor, free: int | None) -> bool:
+    """Whether a tensor has the shape, but for one free dimension, and is floating point, of any precision, if asked."""
+    sizes = enumerate(zip(tensor.shape, expected.shape))
+    same_shape = tensor.ndim == expected.ndim and all(a == b or (i == free and a > 0) for i, (a, b) in sizes)
+    return same_shape and (tensor.is_floating_point() or not expected.is_floating_point())
 
 
 def _kernel_sizes(tensors: StateDict, skeleton: Any, name: str) -> tuple[int, ...]:

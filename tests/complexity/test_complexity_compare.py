@@ -3,7 +3,7 @@
 import pytest
 
 from timm_eca.complexity.compare import FLOPS_TOLERANCE, TABLES, Comparison, compare
-from timm_eca.complexity.tables import UNITS, decimals, paper_tables
+from timm_eca.paper import UNITS, decimals, paper_tables
 
 # Rows whose printed number no reading met; the report says what each reading gives.
 OPEN = {

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..inject import add_attn_, attn_modules
+from ..paper import UNITS, decimals, paper_tables
 from .counting import count
 from .detectors import build_detector, trainable
 from .systems import plain, readings
-from .tables import UNITS, decimals, paper_tables
 
 __all__ = ["COUNTER", "FLOPS_TOLERANCE", "TABLES", "Comparison", "compare"]
 

@@ -4,9 +4,9 @@ import functools
 from typing import Any, NamedTuple
 
 from ..inject import attn_modules
+from ..paper import paper_tables
 from .counting import count
 from .systems import eca, plain
-from .tables import paper_tables
 
 __all__ = ["HeadlineCount", "headline"]
 

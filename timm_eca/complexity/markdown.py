@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
+from ..paper import paper_tables
 from .compare import Comparison
 from .grid import Cell
 from .headline import HeadlineCount
-from .tables import paper_tables
 
 __all__ = ["grid_markdown", "headline_markdown", "table_markdown"]
 

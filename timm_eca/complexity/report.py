@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CommandError
+from ..paper import paper_tables
 from .compare import TABLES, compare
 from .counting import COUNTERS, check_counter
 from .grid import grid
 from .headline import headline
 from .markdown import grid_markdown, headline_markdown, table_markdown
-from .tables import paper_tables
 
 __all__ = ["FORMATS", "SECTIONS", "complexity_report", "run_complexity"]
 

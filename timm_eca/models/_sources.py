@@ -12,7 +12,8 @@ from typing import Any
 from timm.models import PretrainedCfg
 
 from ..errors import MissingWeightsError, WeightsError
-from ..weights import check_folder, hub_folder
+from ..hub_cache import hub_folder
+from ..weights import check_folder
 from .released import RELEASED
 
 __all__ = ["checked_source", "from_own_org", "hub_id", "name_source"]

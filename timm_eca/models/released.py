@@ -1,10 +1,13 @@
-"""What the paper's authors released and reported, as data: one row per model, each figure with its source.
+"""The models whose weights the paper's authors released, with what they reported of them; all figures from the tables.
 
-Sources: the README of https://github.com/BangguWu/ECANet for the released files; ECA-Net, CVPR 2020, Table 3, and its
-supplement, Table A, for the paper. They differ for two models.
+The README of their code and the paper, or its supplement, differ for two of the models: both figures are kept.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from ..paper import paper_tables
 
 __all__ = ["RELEASED", "Recipe", "Released"]
 
@@ -42,24 +45,44 @@ class Released:
     recipe: Recipe
 
 
-_RESNET = Recipe(
-    optimizer="SGD, momentum 0.9, weight decay 1e-4 on every parameter",
-    schedule="learning rate 0.1, divided by 10 every 30 epochs",
-    batch_size=256,
-    epochs=100,
-)
-_MOBILENET = Recipe(
-    optimizer="SGD, momentum 0.9, weight decay 4e-5 on every parameter; dropout 0.25 before the classifier",
-    schedule="learning rate 0.045, times 0.98 every epoch",
-    batch_size=96,
-    epochs=400,
-)
+def _recipe(data: Mapping[str, str]) -> Recipe:
+    decay = f"weight decay {data['weight_decay']} on every parameter"
+    dropout = f"; dropout {data['dropout']} before the classifier" if "dropout" in data else ""
+    every = "every epoch" if data["decay_epochs"] == "1" else f"every {data['decay_epochs']} epochs"
+    return Recipe(
+        optimizer=f"{data['optimizer']}, momentum {data['momentum']}, {decay}{dropout}",
+        schedule=f"learning rate {data['lr']}, times {data['decay_rate']} {every}",
+        batch_size=int(data["batch_size"]),
+        epochs=int(data["epochs"]),
+    )
 
-RELEASED = {
-    "eca_resnet18": Released(70.92, 89.93, 70.78, 89.92, "supplement, Table A", "1.70G", _RESNET),
-    "eca_resnet34": Released(74.21, 91.83, 74.21, 91.83, "supplement, Table A", "3.43G", _RESNET),
-    "eca_resnet50": Released(77.42, 93.62, 77.48, 93.68, "Table 3", "3.86G", _RESNET),
-    "eca_resnet101": Released(78.65, 94.34, 78.65, 94.34, "Table 3", "7.35G", _RESNET),
-    "eca_resnet152": Released(78.92, 94.55, 78.92, 94.55, "Table 3", "10.83G", _RESNET),
-    "eca_mobilenetv2_100": Released(72.56, 90.81, 72.56, 90.81, "Table 3", "319.9M", _MOBILENET),
-}
+
+def _in_paper(backbone: str) -> tuple[Mapping[str, Any], str]:
+    """Return a backbone's row with ECA in the paper or its supplement, and which table it is in."""
+    for name in ("table_3", "table_a"):
+        table = paper_tables()["tables"][name]
+        where = table["title"].partition(":")[0]
+        for row in table["rows"]:
+            if (row["backbone"], row["method"]) == (backbone, "ECA-Net"):
+                return row, where if table["source"] == "paper" else f"{table['source']}, {where}"
+    raise AssertionError(f"{backbone} with ECA is in no table of the paper.")
+
+
+def _released(row: Mapping[str, Any], flops_unit: str) -> Released:
+    in_paper, where = _in_paper(row["backbone"])
+    family = "mobilenetv2" if row["backbone"].startswith("mobilenetv2") else "resnet"
+    return Released(
+        top1=float(row["top1"]),
+        top5=float(row["top5"]),
+        paper_top1=float(in_paper["top1"]),
+        paper_top5=float(in_paper["top5"]),
+        paper_table=where,
+        multiply_adds=row["flops"] + {"2^20": "M", "2^30": "G"}[row.get("flops_unit", flops_unit)],
+        recipe=_recipe(paper_tables()["recipes"][family]),
+    )
+
+
+_README = paper_tables()["tables"]["readme"]
+
+RELEASED = {f"eca_{row['backbone']}": _released(row, _README["flops_unit"]) for row in _README["rows"]}
+"""By the name of this package's entrypoint."""

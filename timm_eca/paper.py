@@ -13,12 +13,12 @@ UNITS = {"1": 1, "10^6": 10**6, "10^9": 10**9, "2^20": 2**20, "2^30": 2**30}
 
 @functools.cache
 def paper_tables() -> dict[str, Any]:
-    """Return the contents of paper_tables.json: sources, the headline, and tables with a title, a source and rows.
+    """Return the contents of paper_tables.json: sources, headline, recipes, and tables with a title, a source and rows.
 
     Numbers are strings, as printed, because their digits tell how exact they are. Parameters and FLOPs are in the
     table's `params_unit` and `flops_unit`, or in the row's own.
     """
-    return json.loads((files(__package__) / "paper_tables.json").read_text())
+    return json.loads((files(__package__) / "paper_tables.json").read_text(encoding="utf-8"))
 
 
 def decimals(printed: str) -> int:

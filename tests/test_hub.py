@@ -1,0 +1,234 @@
+"""Folders in Hub format without a Hub: what is written, who can load it, what the check finds."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from conftest import randomize_
+from timm_eca import add_attn_, attn_modules, hub
+from timm_eca.cli import main
+from timm_eca.errors import IntegrityError, MissingWeightsError, WeightsError
+from timm_eca.weights import sha256_of
+
+NET = "eca_mobilenetv2_050"
+FILES = ["README.md", "config.json", "model.safetensors"]
+
+
+def made(name, **kwargs):
+    torch.manual_seed(0)
+    return randomize_(timm.create_model(name, **kwargs)).eval()
+
+
+def in_place():
+    return randomize_(add_attn_(timm.create_model("resnet18", num_classes=5), "eca")).eval()
+
+
+PORTABLE = {
+    "by name": lambda: made("resnet18", attn_layer="eca", num_classes=3, in_chans=1),
+    "in place": in_place,
+    "entrypoint": lambda: made("eca_resnet18", kernel_sizes="adaptive", num_classes=2),
+    "bottlenecks": lambda: made("resnet26d", attn_layer="eca", num_classes=2),
+    "no attention": lambda: made("test_resnet"),
+}
+NOT_PORTABLE = {
+    "preset": lambda: made("eca_resnet18"),
+    "one kernel size": lambda: made("resnet18", attn_layer="eca", attn_kwargs={"kernel_size": 3}),
+    "some stages": lambda: made("resnet18", attn_layer="eca", attn_stages=(3, 4)),
+    "hard gate": lambda: made("resnet18", attn_layer="eca", attn_kwargs={"gate_layer": "hard_sigmoid"}),
+    "another layer": lambda: made("resnet18", attn_layer="se_var1"),
+    "another network": lambda: made(NET),
+}
+PLAIN_TIMM = """
+import sys
+sys.modules["timm_eca"] = None  # an import of it fails
+from pathlib import Path
+import timm, torch
+for folder in Path("saved").iterdir():
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    torch.save(model(torch.load(folder / "x.pt")), folder / "y.pt")
+assert not [name for name in sys.modules if name.startswith("timm_eca.")]
+"""
+
+
+class TestPortable:
+    def test_plain_timm_loads_it(self, tmp_path, run_python):
+        models = {tmp_path / "saved" / kind: make() for kind, make in PORTABLE.items()}
+        for folder, model in models.items():
+            hub.save(model, folder, portable=True)
+            torch.save(torch.randn(2, next(model.parameters()).shape[1], 64, 64), folder / "x.pt")
+        run_python(PLAIN_TIMM)
+        for folder, model in models.items():
+            x, again = torch.load(folder / "x.pt"), hub.load(folder).eval()
+            with torch.no_grad():
+                torch.testing.assert_close(torch.load(folder / "y.pt"), model(x))
+                assert torch.equal(again(x), model(x))
+            assert len(attn_modules(again)) == len(attn_modules(model))
+
+    @pytest.mark.parametrize("kind", NOT_PORTABLE)
+    def test_others_need_this_package(self, kind, tmp_path):
+        model = NOT_PORTABLE[kind]()
+        with pytest.raises(ValueError, match=r"portable=True needs a ResNet of timm with 'eca' of adaptive kernel"):
+            hub.save(model, tmp_path / "m", portable=True)
+        assert not list(tmp_path.iterdir())
+        folder = hub.save(model, tmp_path / "m")
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["portable"], config["attn"]) == (False, json.loads(json.dumps(model.attn_spec.as_args())))
+        again = hub.load(folder).eval()
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            assert torch.equal(again(x), model(x))
+
+    def test_it_is_the_default_where_it_can_be(self, tmp_path):
+        model = PORTABLE["entrypoint"]()
+        config = hub.describe(model)
+        assert (config["portable"], config["architecture"]) == (True, "resnet18")
+        assert config["model_args"]["block_args"] == {"attn_layer": "eca"}
+        assert hub.describe(model, portable=False)["architecture"] == "eca_resnet18"
+
+
+class TestSave:
+    def test_what_is_written(self, net, folder):
+        assert sorted(path.name for path in folder.iterdir()) == FILES
+        config = json.loads((folder / "config.json").read_text())
+        path = folder / "model.safetensors"
+        weights = {"file": path.name, "sha256": sha256_of(path), "size": path.stat().st_size}
+        assert (config["weights"], config["kernel_sizes"]) == (weights, [1, 1, 1, 1, 3, 3, 3])
+        assert load_file(path).keys() == net.state_dict().keys()
+        card = ModelCard.load(folder / "README.md")
+        assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
+        assert "Accuracy" not in card.text  # nothing is claimed of weights that nobody measured
+
+    def test_wrapped_models(self, net, tmp_path):
+        out = hub.save(torch.nn.DataParallel(torch.compile(net)), tmp_path / "m")
+        assert load_file(out / "model.safetensors").keys() == net.state_dict().keys()
+
+    def test_old_folder(self, tmp_path):
+        net = made(NET)
+        for seed in (1, 2):
+            randomize_(net, seed)
+            hub.save(net, tmp_path / "m")
+        assert torch.equal(hub.load(tmp_path / "m").bn1.weight, net.bn1.weight)
+        (tmp_path / "m" / "notes.txt").write_text("mine")
+        with pytest.raises(ValueError, match=r"m holds other files than those of timm_eca\.hub\.save"):
+            hub.save(net, tmp_path / "m")
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+    def test_no_classifier(self, tmp_path):
+        with pytest.raises(ValueError, match="Only a timm classifier can be saved in Hub format, got Linear"):
+            hub.save(torch.nn.Linear(2, 2), tmp_path / "m")
+
+
+def change(folder, **entries):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def set_weights(folder, edit):
+    """Change the tensors and record the digest of the new file."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+    change(folder, weights={"sha256": sha256_of(path)})
+
+
+def flip(folder):
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+DAMAGE = {
+    "flipped": (flip, IntegrityError, "is not what it should be: its sha256 is"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), MissingWeightsError, "has no model.safetensors"),
+    "no config": (lambda f: (f / "config.json").unlink(), MissingWeightsError, "is no folder in Hub format"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), IntegrityError, "is not valid JSON"),
+    "no object": (lambda f: (f / "config.json").write_text("[]"), IntegrityError, "is no model's config"),
+    "no sha256": (lambda f: change(f, weights={"sha256": "x"}), IntegrityError, "that is no sha256"),
+    "unknown model": (
+        lambda f: change(f, architecture="vgg0"),
+        WeightsError,
+        "is a 'vgg0', which timm .* does not have",
+    ),
+}
+MISFIT = {
+    "no digest": (lambda f: change(f, weights={}), "records no sha256"),
+    "arguments": (lambda f: change(f, model_args={"depth": 3}), r"can be made as its config says: .*'depth'"),
+    "missing": (
+        lambda f: set_weights(f, lambda t: t.pop("bn1.bias")),
+        "1 of 331 tensors .* bn1.bias is absent",
+    ),
+    "foreign": (lambda f: set_weights(f, lambda t: t.update(x=torch.zeros(2))), r"x is \(2,\), not there"),
+    "shape": (lambda f: change(f, model_args={"num_classes": 7}), r"classifier.bias is \(1000,\), not \(7,\)"),
+}
+
+
+class TestCheck:
+    @pytest.fixture
+    def copy(self, folder, tmp_path):
+        return shutil.copytree(folder, tmp_path / "copy")
+
+    @pytest.mark.parametrize("kind", DAMAGE)
+    def test_damaged(self, kind, copy, capsys):
+        damage, error, message = DAMAGE[kind]
+        damage(copy)
+        for check in (hub.load, hub.verify):
+            with pytest.raises(error, match=message):
+                check(copy)
+        assert main(["verify", str(copy)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+    @pytest.mark.parametrize("kind", MISFIT)
+    def test_verify(self, kind, copy, capsys):
+        damage, message = MISFIT[kind]
+        damage(copy)
+        with pytest.raises(IntegrityError, match=message):
+            hub.verify(copy)
+        assert main(["verify", str(copy)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+    def test_intact(self, copy, capsys):
+        found = hub.verify(copy)
+        assert (found["architecture"], found["tensors"]) == (NET, 331)
+        assert main(["verify", str(copy)]) == 0
+        assert (
+            capsys.readouterr().out == f"{copy}: intact. eca_mobilenetv2_050, 331 tensors, sha256 {found['sha256']}\n"
+        )
+
+    def test_lab_folder(self, copy, net, monkeypatch):
+        """TIMM_ECA_WEIGHTS, by the published name or the model's; checked too."""
+        monkeypatch.setenv("TIMM_ECA_WEIGHTS", str(copy.parent))
+        for name in (f"{NET}.ecanet_in1k", NET):
+            copy = copy.rename(copy.parent / name)
+            model = timm.create_model(NET, pretrained=True)
+            assert torch.equal(model.bn1.weight, load_file(copy / "model.safetensors")["bn1.weight"])
+        flip(copy)
+        with pytest.raises(IntegrityError, match="its sha256 is"):
+            timm.create_model(NET, pretrained=True)
+
+    def test_a_pickle_beside_is_not_read(self, copy):
+        for name in ("pytorch_model.bin", "model.pth"):
+            (copy / name).write_bytes(b"cos\nabort\n(tR.")
+        hub.load(copy)
+        (copy / "model.safetensors").unlink()
+        with pytest.raises(MissingWeightsError, match="other formats than safetensors are not read"):
+            hub.load(copy)
+
+    @pytest.mark.parametrize("source", ["weights", "./weights", "a/b/c"])
+    def test_neither_folder_nor_repository(self, source, capsys):
+        assert main(["verify", source]) == 2
+        assert "There is no folder" in capsys.readouterr().err
+
+
+def test_by_attribute(run_python):
+    run_python(
+        "import sys, timm_eca\n"
+        "assert 'timm_eca.hub' not in sys.modules\n"
+        "assert timm_eca.hub.load and timm_eca.convert.convert\n"
+        "assert not hasattr(timm_eca, 'conv')"
+    )
