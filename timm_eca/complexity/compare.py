@@ -61,6 +61,12 @@ class Comparison:
             return self.here_printed == self.paper
         return abs(self.difference) <= FLOPS_TOLERANCE * float(self.paper)
 
+    @property
+    def agrees_without_its_zero(self) -> bool:
+        """Whether parameters agree but for a last zero, with which tables fill up a number of fewer digits."""
+        shorter = self.paper.removesuffix("0")
+        return self.quantity == "parameters" and shorter != self.paper and replace(self, paper=shorter).agrees
+
 
 @functools.cache
 def compare(table: str) -> tuple[Comparison, ...]:
@@ -143,7 +149,9 @@ def _first(tried: list[Comparison]) -> Comparison:
     if tried[0].agrees:
         return tried[0]
     results = "; ".join(f"{line.note}: {line.here:.{decimals(line.paper) + 1}f} x {line.unit}" for line in tried)
-    return replace(tried[0], note=f"tried: {results}")
+    rounded = [line.note for line in tried if line.agrees_without_its_zero]
+    remark = f". Without the last zero of the printed number these agree: {'; '.join(rounded)}" if rounded else ""
+    return replace(tried[0], note=f"tried: {results}{remark}")
 
 
 TABLES: dict[str, Callable[[str], Iterator[Comparison]]] = {
