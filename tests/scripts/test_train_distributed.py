@@ -71,6 +71,20 @@ def test_same_loss_as_one_process(folder):
         torch.testing.assert_close(torch.tensor(told[name]), torch.tensor(told["one"]), rtol=1e-5, atol=0)
 
 
+def test_sync_bn_is_one_process_too(folder):
+    """With statistics of all 64 images, batch norm in two processes is what it is in one; without, it is not."""
+    ways = {"bn-one": (1, 64, []), "bn-synced": (2, 32, ["--sync-bn"]), "bn-own": (2, 32, [])}
+    told = {}
+    for name, (processes, batch, more) in ways.items():
+        options = ["--model", "eca_resnet18", "--epochs", "2", "--lr", "0.005", "-b", batch, *more]
+        finish(train(folder, name, *options, processes=processes))
+        told[name] = torch.tensor(
+            [[float(row[key]) for key in ("train_loss", "eval_loss")] for row in epochs(folder, name)]
+        )
+    torch.testing.assert_close(told["bn-synced"], told["bn-one"], rtol=1e-4, atol=0)
+    assert not torch.allclose(told["bn-own"], told["bn-one"], rtol=1e-3, atol=0)
+
+
 def test_options_and_resume(folder):
     options = shlex.split("--model eca_resnet18 -b 8 --lr 0.01 --grad-accum-steps 2 --model-ema --model-ema-decay 0.5")
     options += shlex.split("--amp --amp-dtype bfloat16 --torchcompile aot_eager")
