@@ -1,7 +1,5 @@
 """ECA under torchrun with gloo on CPU, on one machine and as two nodes: a small script, three steps in float64."""
 
-import socket
-
 import pytest
 import timm
 import torch
@@ -9,7 +7,7 @@ from timm.layers import convert_sync_batchnorm
 
 import small_ddp
 from conftest import randomize_
-from small_checkout import make_checkout, start
+from small_checkout import make_checkout, meeting_point, start
 from timm_eca import attn_modules
 
 
@@ -44,11 +42,7 @@ def one_machine(checkout, out):
 
 
 def two_nodes(checkout, out):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test"]
-    meet += [f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
+    meet = meeting_point()
     return [torchrun(checkout, out, *meet) for _ in range(2)]
 
 
