@@ -1,10 +1,12 @@
 """timm's own train.py under torchrun with gloo on CPU, two processes: same loss as one, options, kill -9 and resume."""
 
 import csv
+import io
 import os
 import re
 import shlex
 import signal
+import tarfile
 import threading
 from pathlib import Path
 
@@ -85,6 +87,30 @@ def test_sync_bn_is_one_process_too(folder):
     finish(train(folder, "bn-own", *options, "-b", "32"))
     torch.testing.assert_close(losses(folder, "bn-synced"), losses(folder, "bn-one"), rtol=1e-4, atol=0)
     assert not torch.allclose(losses(folder, "bn-own"), losses(folder, "bn-one"), rtol=1e-3, atol=0)
+
+
+def test_webdataset(folder):
+    """Two processes stream shards, as docs/training.md has it, and see all images."""
+    pytest.importorskip("webdataset")
+    (folder / "shards").mkdir()
+    for split in ("train", "val"):
+        for shard in range(2):
+            with tarfile.open(folder / "shards" / f"few-{split}-{shard}.tar", "w") as tar:
+                for index, image in enumerate(sorted((folder / "few" / split).glob("*/*.png"))[shard::2]):
+                    add(tar, f"{index:03}.png", image.read_bytes())
+                    add(tar, f"{index:03}.cls", image.parent.name.encode())
+    options = ["--dataset", "wds/few", "--data-dir", "shards", "--model", "eca_resnet18", "--epochs", "1", "-b", "8"]
+    for split in ("train", "val"):
+        options += [f"--{split}-split", f"few-{split}-{{0..1}}.tar", f"--{split}-num-samples", "64"]
+    told = finish(train(folder, "streamed", *options, "--lr", "0.01"))
+    assert re.search(r"Train: 0 \[ +3/4 \(100%\)\]", told), told
+    assert losses(folder, "streamed").isfinite().all()
+
+
+def add(tar, name, content):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
 
 
 def test_options_and_resume(folder):
