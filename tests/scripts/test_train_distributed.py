@@ -115,7 +115,7 @@ def add(tar, name, content):
 
 def test_options_and_resume(folder):
     options = shlex.split("--model eca_resnet18 -b 8 --lr 0.01 --grad-accum-steps 2 --model-ema --model-ema-decay 0.5")
-    options += shlex.split("--amp --amp-dtype bfloat16 --torchcompile aot_eager")
+    options += shlex.split("--amp --amp-dtype bfloat16 --torchcompile aot_eager --sync-bn")
     finish(train(folder, "options", *options, "--epochs", "1"))
     last = folder / "options" / "last.pth.tar"
     checkpoint = torch.load(last, weights_only=False)

@@ -32,7 +32,8 @@ class CpuDistributedDataParallel(_torch_ddp):
 def _forward(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cpu" or not self.training or not distributed.is_initialized():
         return _torch_forward(self, x)
-    return _normalized_by_all(self, x)
+    wide = torch.promote_types(x.dtype, torch.float32)  # under autocast statistics are of float32, as PyTorch's are
+    return _normalized_by_all(self, x.to(wide)).to(x.dtype)
 
 
 def _normalized_by_all(norm: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
