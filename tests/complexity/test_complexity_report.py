@@ -86,7 +86,9 @@ def test_grid_markdown():
 def test_command(tmp_path, capsys):
     assert main(["complexity", "table_2"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("**Table 2: channel attention modules on ResNet-50**")
+    assert printed.startswith(
+        "**Table 2: channel attention modules on ResNet-50, its formulas summed over the 16 blocks**"
+    )
     out = tmp_path / "new" / "report.md"
     assert main(["complexity", "table_2", "--out", str(out)]) == 0
     assert out.read_text() == printed

@@ -98,8 +98,9 @@ def _modules(table: str) -> Iterator[Comparison]:
         model: Any = add_attn_(plain("resnet50"), row["layer"], attn_kwargs=kwargs)
         formula = sum(_FORMULAS[row["parameters"]](site.channels, 3) for site in model.attn_sites)
         ours = sum(p.numel() for layer in attn_modules(model).values() for p in layer.parameters())
-        note = f"{row['parameters']} over the 16 blocks of ResNet-50"
-        yield Comparison(table, meta["source"], row["module"], "parameters", "1", str(formula), ours, note)
+        note = f"{row['parameters']} over the 16 blocks of ResNet-50, k = 3, r = 16"
+        module = f"{row['module']}, {row['parameters']} a module"
+        yield Comparison(table, meta["source"], module, "parameters", "1", str(formula), ours, note)
 
 
 def _classification(table: str) -> Iterator[Comparison]:
