@@ -68,7 +68,11 @@ def grid_markdown(cells: Sequence[Cell]) -> str:
     ]
     header = ["backbone", "method", "parameters, 10^6"]
     header += [f"{counter}, 10^9" for counter in cells[0].cost.operations]
-    return f"**Every backbone with every system**, a layer in each block\n\n{_table(header, rows)}"
+    title = (
+        "**Every backbone with every system**, a layer in each block, where `attn_layer=` puts it. A2, GSoP and AA as"
+        " their papers place them, in few blocks or in place of convolutions, are in Table 3."
+    )
+    return f"{title}\n\n{_table(header, rows)}"
 
 
 def _signed(line: Comparison) -> str:
