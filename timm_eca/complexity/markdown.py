@@ -49,8 +49,8 @@ def headline_markdown(parameters: int, counts: Sequence[HeadlineCount]) -> str:
         f"**The headline**: the paper says {quoted['parameters']} parameters and {quoted['gflops']} GFLOPs for all ECA"
         f" modules of {quoted['backbone']}. The parameters are those of the released kernel sizes, {parameters}. The"
         f" GFLOPs depend on what is counted. {verdict} That the authors counted so is a guess from the number. Their"
-        " counter was thop: its releases from 0.0.22 (June 2019) to 0.0.31 (April 2020), run on their code, all give"
-        f" the third line. The convolutions alone, the operations that ECA adds, are the first.\n\n"
+        " counter was thop: each of its 26 releases from June 2019 (0.0.22) to April 2020 (0.0.31) that still run gives"
+        " the third line on their code. The convolutions alone, the operations that ECA adds, are the first.\n\n"
         + _table(header, rows)
     )
 
