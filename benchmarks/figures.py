@@ -60,7 +60,8 @@ def plot_figure_1(bubbles: list[dict[str, Any]], path: Path) -> None:
         drawn = axes.scatter(x, y, [b["multiply_adds"] / 1.5e7 for b in mine], alpha=0.5)
         axes.plot(x, y, color=drawn.get_facecolor()[0], alpha=1, marker=".", label=method)
         for bubble, *place in zip(mine, x, y):
-            axes.annotate(bubble["backbone"].removeprefix("resnet"), place, fontsize=7, ha="center", va="bottom")
+            name = bubble["backbone"].removeprefix("resnet")
+            axes.annotate(name, place, (0, 4), textcoords="offset points", fontsize=7, ha="center")
     axes.set(xlabel="parameters (2^20)", ylabel="ImageNet top-1 (%), quoted")
     axes.margins(0.15)
     axes.legend(loc="lower right")

@@ -13,7 +13,7 @@ from timm_eca.cli import main
 from timm_eca.complexity import complexity_report
 from timm_eca.complexity.counting import Count
 from timm_eca.complexity.grid import GRID_BACKBONES, GRID_METHODS, Cell
-from timm_eca.complexity.headline import headline
+from timm_eca.complexity.headline import HEADLINE_UNITS, headline
 from timm_eca.complexity.markdown import grid_markdown, headline_markdown
 
 
@@ -25,13 +25,32 @@ def test_readme_block(repository):
 
 
 def test_headline():
+    """Each count by hand: stages of 3, 4, 6, 3 blocks with 256 to 2048 channels of 56 x 56 to 7 x 7, k = 3, 5, 5, 7."""
+    stages = [(3, 256, 56, 3), (4, 512, 28, 5), (6, 1024, 14, 5), (3, 2048, 7, 7)]
+    sums = {
+        "conv": sum(n * k * c for n, c, _, k in stages),
+        "gates": sum(n * c for n, c, _, _ in stages),
+        "thop": sum(n * (k * c + (s * s + 1) * c) for n, c, s, k in stages),
+        "elements": sum(n * c * s * s for n, c, s, _ in stages),
+        "squares": sum(n * k * k * c for n, c, _, k in stages),
+        "sides": sum(n * (s + s + 1) * c for n, c, s, _ in stages),
+    }
     parameters, counts = headline()
-    assert parameters == 80
-    assert [one.operations for one in counts[:2]] == [86_272, 86_272 + 15_104]
+    assert parameters == 80 == sum(n * k for n, _, _, k in stages)
+    conv, gates, thop, elements = (sums[key] for key in ("conv", "gates", "thop", "elements"))
+    expected = [conv, conv + gates, thop, thop + elements, sums["squares"], sums["sides"]]
+    assert [one.operations for one in counts] == expected
+    assert (conv, thop, sums["sides"]) == (86_272, 5_620_736, 473_856)
+    agreeing = [(index, unit) for index, one in enumerate(counts) for unit in HEADLINE_UNITS if one.agrees(unit)]
+    assert agreeing == [(5, "10^9")]
+
+
+def test_headline_markdown():
+    parameters, counts = headline()
     text = headline_markdown(parameters, counts)
-    assert "No count known to us gives it." in text
-    assert "| the 1-D convolutions | 86,272 | 8.0e-05 |" in text
-    assert "It is the count of the 1-D convolutions." in headline_markdown(80, [counts[0]._replace(operations=5.05e5)])
+    assert f"this gives the figure: {counts[5].label}, in 10^9." in text
+    assert "| the 1-D convolutions, k C | 86,272 | 8.0e-05 | 8.6e-05 |" in text
+    assert "None of those tried gives it." in headline_markdown(parameters, counts[:5])
 
 
 def test_formats_say_the_same():
@@ -39,7 +58,7 @@ def test_formats_say_the_same():
     rows = list(csv.DictReader(io.StringIO(complexity_report(("headline", "table_2"), "csv"))))
     data = json.loads(complexity_report(("table_2", "headline"), "json"))
     assert [row["model"] for row in rows] == [line["model"] for line in data["lines"]]
-    assert len(rows) == 9 + 5
+    assert len(rows) == 9 + 1 + 6 * 2
     for row, line in zip(rows, data["lines"]):
         assert float(row["here"]) == line["here"]
         assert row["paper"] == line["paper"]
@@ -67,7 +86,9 @@ def test_grid_markdown():
 def test_command(tmp_path, capsys):
     assert main(["complexity", "table_2"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("**Table 2: channel attention modules on ResNet-50**")
+    assert printed.startswith(
+        "**Table 2: channel attention modules on ResNet-50, its formulas summed over the 16 blocks**"
+    )
     out = tmp_path / "new" / "report.md"
     assert main(["complexity", "table_2", "--out", str(out)]) == 0
     assert out.read_text() == printed

@@ -236,7 +236,7 @@ def test_in_a_model_and_in_create_attn(name, backbone):
         ("aa", {"kernel_size": 2}, "kernel_size must be an odd positive integer"),
         ("scse", {"channels": "64"}, "channels must be a positive integer, got '64'"),
         ("da", {"channels": True}, "channels must be a positive integer, got True"),
-        ("eca_spatial", {"spatial_kernel_size": 6}, "kernel_size must be an odd positive integer"),
+        ("eca_spatial", {"spatial_kernel_size": 6}, "spatial_kernel_size must be an odd positive integer"),
     ],
 )
 def test_refuses(name, kwargs, message):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,12 @@ def run(*arguments, stdin="", **kwargs) -> tuple[int, str, str]:
     process = start(*arguments, **kwargs)
     out, err = process.communicate(stdin, timeout=300)
     return process.returncode, out, err
+
+
+def meeting_point() -> list[str]:
+    """Options of torchrun for one of two nodes of one process each, which meet on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test"]
+    return [*meet, f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]

@@ -8,6 +8,7 @@ import sys
 
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import distributed, nn
 
 BATCH, STEPS = 8, 3
@@ -17,17 +18,20 @@ def main(out):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         distributed.init_process_group("gloo")
-    results = {norm: train(norm, rank, world) for norm in ("groupnorm", "batchnorm")}
+        import timm_eca.scripts.cpu_ddp  # noqa: F401  # as `--device-modules` does
+    results = {norm: train(norm, rank, world) for norm in ("groupnorm", "batchnorm", "sync-bn")}
     torch.save(results, os.path.join(out, f"rank{rank}.pt"))
     if world > 1:
         distributed.destroy_process_group()
 
 
 def train(norm, rank, world):
-    """Batch norm's statistics are each rank's own; with group norm the gradient is that of the summed batch."""
+    """Batch norm's statistics are each rank's own; with the others the gradient is that of the summed batch."""
     torch.manual_seed(rank)  # each rank starts from other weights, DDP gives all those of rank 0
-    model = timm.create_model("resnet18", attn_layer="eca", norm_layer=norm, num_classes=4).double()
+    layer = "batchnorm" if norm == "sync-bn" else norm
+    model = timm.create_model("resnet18", attn_layer="eca", norm_layer=layer, num_classes=4).double()
     if world > 1:
+        model = convert_sync_batchnorm(model) if norm == "sync-bn" else model
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(1)

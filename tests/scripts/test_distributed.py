@@ -1,7 +1,5 @@
 """ECA under torchrun with gloo on CPU, on one machine and as two nodes: a small script, three steps in float64."""
 
-import socket
-
 import pytest
 import timm
 import torch
@@ -9,7 +7,7 @@ from timm.layers import convert_sync_batchnorm
 
 import small_ddp
 from conftest import randomize_
-from small_checkout import make_checkout, start
+from small_checkout import make_checkout, meeting_point, start
 from timm_eca import attn_modules
 
 
@@ -44,11 +42,7 @@ def one_machine(checkout, out):
 
 
 def two_nodes(checkout, out):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test"]
-    meet += [f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
+    meet = meeting_point()
     return [torchrun(checkout, out, *meet) for _ in range(2)]
 
 
@@ -59,23 +53,24 @@ def test_two_processes(launch, checkout, alone, tmp_path):
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     ranks = [weights_of(tmp_path, rank) for rank in (0, 1)]
-    for norm in ("groupnorm", "batchnorm"):
+    for norm in ("groupnorm", "batchnorm", "sync-bn"):
         first, second = (rank[norm]["weights"] for rank in ranks)
         for key, weight in first.items():
-            own = key.endswith(("running_mean", "running_var"))  # of the last step, not yet sent round
+            # batch norm's statistics are of the last step, not yet sent round
+            own = norm == "batchnorm" and key.endswith(("running_mean", "running_var"))
             assert own or torch.equal(weight, second[key]), key
         assert not torch.equal(*(rank[norm]["losses"] for rank in ranks))
-    summed = alone["groupnorm"]
-    losses = torch.stack([rank["groupnorm"]["losses"] for rank in ranks]).mean(0)
-    torch.testing.assert_close(losses, summed["losses"], rtol=1e-9, atol=0)
-    for key, weight in ranks[0]["groupnorm"]["weights"].items():
-        torch.testing.assert_close(weight, summed["weights"][key], rtol=1e-7, atol=1e-9)
-    gates = [key for key in summed["weights"] if ".se.conv." in key]
-    assert len(gates) == 8
+    for norm in ("groupnorm", "sync-bn"):
+        summed = alone[norm]
+        losses = torch.stack([rank[norm]["losses"] for rank in ranks]).mean(0)
+        torch.testing.assert_close(losses, summed["losses"], rtol=1e-9, atol=0)
+        for key, weight in ranks[0][norm]["weights"].items():
+            torch.testing.assert_close(weight, summed["weights"][key], rtol=1e-7, atol=1e-9)
+        assert sum(".se.conv." in key for key in summed["weights"]) == 8
 
 
 def test_sync_bn_keeps_the_layers():
-    """What `--sync-bn` does to a model; PyTorch runs such norms on GPUs alone, in training."""
+    """What `--sync-bn` does to a model."""
     model = randomize_(timm.create_model("eca_resnet18", num_classes=4)).eval()
     images = torch.randn(2, 3, 32, 32)
     expected = model(images)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -63,22 +64,9 @@ def test_versions(told):
 
 @needs_timms_scripts
 def test_every_registered_name(run_python):
-    """benchmark.py, inference and a training step, over all names of this package."""
+    """benchmark.py, inference and a training step, over all names of this package; Inception needs 75 pixels."""
     names = [entrypoint.__name__ for entrypoint in ENTRYPOINTS]
-    options = [
-        "--bench",
-        "both",
-        "--device",
-        "cpu",
-        "--img-size",
-        "32",
-        "-b",
-        "2",
-        "--num-warm-iter",
-        "1",
-        "--num-bench-iter",
-        "5",
-    ]
+    options = shlex.split("--bench both --device cpu --img-size 80 -b 2 --num-warm-iter 1 --num-bench-iter 5")
     code = "from timm_eca.scripts import run_script\n"
     code += f"for name in {names}:\n    run_script('benchmark', ['--model', name, *{options}])"
     told = run_python(code, TIMM_SCRIPTS=str(REAL)).split("--result\n")[1:]

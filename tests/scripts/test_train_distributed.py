@@ -1,10 +1,12 @@
 """timm's own train.py under torchrun with gloo on CPU, two processes: same loss as one, options, kill -9 and resume."""
 
 import csv
+import io
 import os
 import re
 import shlex
 import signal
+import tarfile
 import threading
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import timm
 import torch
 
 from real_checkout import REAL, needs_timms_scripts
-from small_checkout import start
+from small_checkout import meeting_point, start
 from timm_eca import attn_modules
 from timm_eca.demo.digits import write_digits
 
@@ -38,13 +40,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, experiment, *arguments, processes=2):
+def train(folder, experiment, *arguments, torchrun=("--standalone", "--nproc_per_node=2")):
     line = ["train", "--data-dir", "few", *CPU, *PLAIN, "--experiment", experiment, *arguments]
     env = {"TIMM_SCRIPTS": str(REAL)}
-    if processes == 1:
+    if not torchrun:
         return start(*line, cwd=folder, env=env)
-    torchrun = ["--standalone", f"--nproc_per_node={processes}", "-m", "timm_eca.scripts"]
-    return start(*torchrun, *line, module="torch.distributed.run", cwd=folder, env=env)
+    return start(*torchrun, "-m", "timm_eca.scripts", *line, module="torch.distributed.run", cwd=folder, env=env)
 
 
 def finish(process):
@@ -58,22 +59,63 @@ def epochs(folder, experiment):
         return [row for row in csv.DictReader(file) if row["epoch"] != "epoch"]
 
 
+def losses(folder, experiment):
+    return torch.tensor(
+        [[float(row[key]) for key in ("train_loss", "eval_loss")] for row in epochs(folder, experiment)]
+    )
+
+
 def test_same_loss_as_one_process(folder):
-    """64 images an update: in one process, in two, and in two with gradients gathered over two steps."""
-    ways = {"one": (1, 64, 1), "two": (2, 32, 1), "gathered": (2, 16, 2)}
-    told = {}
-    for name, (processes, batch, steps) in ways.items():
-        options = ["--epochs", "3", "--lr", "0.005", "-b", batch, "--grad-accum-steps", steps]
-        finish(train(folder, name, *ECA_GROUP_NORM, *options, processes=processes))
-        told[name] = [[float(row[key]) for key in ("train_loss", "eval_loss")] for row in epochs(folder, name)]
-    assert len(told["one"]) == 3
-    for name in ("two", "gathered"):
-        torch.testing.assert_close(torch.tensor(told[name]), torch.tensor(told["one"]), rtol=1e-5, atol=0)
+    """64 images an update: in one process, in two, in two that gather gradients over two steps, and as two nodes."""
+    options = [*ECA_GROUP_NORM, "--epochs", "3", "--lr", "0.005"]
+    finish(train(folder, "one", *options, "-b", "64", torchrun=()))
+    finish(train(folder, "two", *options, "-b", "32"))
+    finish(train(folder, "gathered", *options, "-b", "16", "--grad-accum-steps", "2"))
+    meet = meeting_point()
+    for node in [train(folder, "nodes", *options, "-b", "32", torchrun=meet) for _ in range(2)]:
+        finish(node)
+    assert losses(folder, "one").shape == (3, 2)
+    for name in ("two", "gathered", "nodes"):
+        torch.testing.assert_close(losses(folder, name), losses(folder, "one"), rtol=1e-5, atol=0)
+
+
+def test_sync_bn_is_one_process_too(folder):
+    """With statistics of all 64 images, batch norm in two processes is what it is in one; without, it is not."""
+    options = ["--model", "eca_resnet18", "--epochs", "2", "--lr", "0.005"]
+    finish(train(folder, "bn-one", *options, "-b", "64", torchrun=()))
+    finish(train(folder, "bn-synced", *options, "-b", "32", "--sync-bn"))
+    finish(train(folder, "bn-own", *options, "-b", "32"))
+    torch.testing.assert_close(losses(folder, "bn-synced"), losses(folder, "bn-one"), rtol=1e-4, atol=0)
+    assert not torch.allclose(losses(folder, "bn-own"), losses(folder, "bn-one"), rtol=1e-3, atol=0)
+
+
+def test_webdataset(folder):
+    """Two processes stream shards, as docs/training.md has it, and see all images."""
+    pytest.importorskip("webdataset")
+    (folder / "shards").mkdir()
+    for split in ("train", "val"):
+        for shard in range(2):
+            with tarfile.open(folder / "shards" / f"few-{split}-{shard}.tar", "w") as tar:
+                for index, image in enumerate(sorted((folder / "few" / split).glob("*/*.png"))[shard::2]):
+                    add(tar, f"{index:03}.png", image.read_bytes())
+                    add(tar, f"{index:03}.cls", image.parent.name.encode())
+    options = ["--dataset", "wds/few", "--data-dir", "shards", "--model", "eca_resnet18", "--epochs", "1", "-b", "8"]
+    for split in ("train", "val"):
+        options += [f"--{split}-split", f"few-{split}-{{0..1}}.tar", f"--{split}-num-samples", "64"]
+    told = finish(train(folder, "streamed", *options, "--lr", "0.01"))
+    assert re.search(r"Train: 0 \[ +3/4 \(100%\)\]", told), told
+    assert losses(folder, "streamed").isfinite().all()
+
+
+def add(tar, name, content):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
 
 
 def test_options_and_resume(folder):
     options = shlex.split("--model eca_resnet18 -b 8 --lr 0.01 --grad-accum-steps 2 --model-ema --model-ema-decay 0.5")
-    options += shlex.split("--amp --amp-dtype bfloat16 --torchcompile aot_eager")
+    options += shlex.split("--amp --amp-dtype bfloat16 --torchcompile aot_eager --sync-bn")
     finish(train(folder, "options", *options, "--epochs", "1"))
     last = folder / "options" / "last.pth.tar"
     checkpoint = torch.load(last, weights_only=False)

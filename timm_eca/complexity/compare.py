@@ -61,6 +61,12 @@ class Comparison:
             return self.here_printed == self.paper
         return abs(self.difference) <= FLOPS_TOLERANCE * float(self.paper)
 
+    @property
+    def agrees_without_its_zero(self) -> bool:
+        """Whether parameters agree but for a last zero, with which tables fill up a number of fewer digits."""
+        shorter = self.paper.removesuffix("0")
+        return self.quantity == "parameters" and shorter != self.paper and replace(self, paper=shorter).agrees
+
 
 @functools.cache
 def compare(table: str) -> tuple[Comparison, ...]:
@@ -92,8 +98,9 @@ def _modules(table: str) -> Iterator[Comparison]:
         model: Any = add_attn_(plain("resnet50"), row["layer"], attn_kwargs=kwargs)
         formula = sum(_FORMULAS[row["parameters"]](site.channels, 3) for site in model.attn_sites)
         ours = sum(p.numel() for layer in attn_modules(model).values() for p in layer.parameters())
-        note = f"{row['parameters']} over the 16 blocks of ResNet-50"
-        yield Comparison(table, meta["source"], row["module"], "parameters", "1", str(formula), ours, note)
+        note = f"{row['parameters']} over the 16 blocks of ResNet-50, k = 3, r = 16"
+        module = f"{row['module']}, {row['parameters']} a module"
+        yield Comparison(table, meta["source"], module, "parameters", "1", str(formula), ours, note)
 
 
 def _classification(table: str) -> Iterator[Comparison]:
@@ -116,6 +123,10 @@ def _classification(table: str) -> Iterator[Comparison]:
         yield _first(flops)
 
 
+# Copied from GCNet's paper, whose detectors have the paper's parameters plus those of the frozen layers.
+_OF_ANOTHER_PAPER = ("GCNet", "NL")
+
+
 def _detection(table: str) -> Iterator[Comparison]:
     """Compare a table's detectors by trainable parameters."""
     meta = paper_tables()["tables"][table]
@@ -135,7 +146,8 @@ def _detection(table: str) -> Iterator[Comparison]:
             here=trainable(detector) / UNITS[unit],
             note=f"{reading.label}; trainable",
         )
-        yield _first([line, replace(line, here=everything / UNITS[unit], note=f"{reading.label}; frozen too")])
+        tried = [line, replace(line, here=everything / UNITS[unit], note=f"{reading.label}; frozen too")]
+        yield _first(tried[::-1] if row["method"] in _OF_ANOTHER_PAPER else tried)
 
 
 def _first(tried: list[Comparison]) -> Comparison:
@@ -143,7 +155,9 @@ def _first(tried: list[Comparison]) -> Comparison:
     if tried[0].agrees:
         return tried[0]
     results = "; ".join(f"{line.note}: {line.here:.{decimals(line.paper) + 1}f} x {line.unit}" for line in tried)
-    return replace(tried[0], note=f"tried: {results}")
+    rounded = [line.note for line in tried if line.agrees_without_its_zero]
+    remark = f". Without the last zero of the printed number these agree: {'; '.join(rounded)}" if rounded else ""
+    return replace(tried[0], note=f"tried: {results}{remark}")
 
 
 TABLES: dict[str, Callable[[str], Iterator[Comparison]]] = {

@@ -129,6 +129,7 @@ _READINGS: dict[str, tuple[Reading, ...]] = {
         Reading("timm's GC, addition, r = 16, stages 2 to 4", _with("gc", (2, 3, 4), **_GC), "10^6"),
         Reading("timm's GC, addition, r = 16, all stages", _with("gc", **_GC), "10^6"),
     ),
+    "NL": (Reading("one NL block after stage 3's last unit but one", _after("nl_paper", {3: (-2,)})),),
     "GSoP-Net1": (
         Reading("after stages 2 to 4, stage 4 at stride 1", _after("gsop", _LAST_OF_2_TO_4, 16), **_DECIMAL),
         Reading("after stages 2 to 4", _after("gsop", _LAST_OF_2_TO_4), **_DECIMAL),

@@ -69,7 +69,8 @@ def fuse_(model: _ModelT) -> _ModelT:
     if not fuse_blocks_(model):
         kinds = ", ".join(cls.__name__ for cls in RULES)
         raise ValueError(
-            f"{type(model).__name__} has no block that can be fused: one of {kinds} with 'eca' at the end of its branch."
+            f"{type(model).__name__} has no block that can be fused, which is one of {kinds} with 'eca' at the end of"
+            " its branch."
         )
     return model
 

@@ -1,7 +1,7 @@
 """When a block's tail may be computed at once: everything it consists of is what the formula takes it for, now.
 
-Asked at every call, because hooks come and go and modules get replaced; so it must cost little. Whoever watches or transforms single
-operations (hooks, modes, tracers, functorch) gets the plain path.
+Asked at every call, because hooks come and go and modules get replaced; so it must cost little. Whoever watches or
+transforms single operations (hooks, modes, tracers, functorch) gets the plain path.
 """
 
 from typing import Any, NamedTuple
@@ -24,13 +24,12 @@ _NORMS = (nn.BatchNorm2d, BatchNormAct2d, *_SYNC_NORMS, *FROZEN_NORMS)
 _LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
-def is_eca(layer: object) -> bool:
+def is_eca(layer: Any) -> bool:
     """Whether a layer is ECA as the paper has it, this package's or timm's."""
-    if type(layer) is EcaModule:
-        layer_is_plain = layer.act is None and layer.conv2 is None
-    else:
-        layer_is_plain = type(layer) is EcaLayer
-    return layer_is_plain and _is_channel_conv(layer.conv) and not any(layer.gate.parameters())  # type: ignore
+    of_timm = type(layer) is EcaModule and layer.act is None and layer.conv2 is None
+    if not (of_timm or type(layer) is EcaLayer):
+        return False
+    return _is_channel_conv(layer.conv) and not any(True for _ in layer.gate.parameters())
 
 
 class Parts(NamedTuple):
@@ -74,7 +73,7 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         return None
     heard = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act) if m is not None]
     if torch.compiler.is_compiling():  # the compiler watches by itself, and would be slow to follow this
-        return None if any([_is_heard(m) for m in heard]) else Parts(norm, attn, drop_path, downsample, act, (), ())
+        return None if any(_is_heard(m) for m in heard) else Parts(norm, attn, drop_path, downsample, act, (), ())
     of_block = [rule.conv, rule.norm, rule.attn, "drop_path", "downsample", *([rule.act] if rule.act else [])]
     owned = [(block, of_block), (attn, ["conv", "gate"]), (norm, ["act", "drop"])]
     places = tuple((m._modules, name, m._modules.get(name)) for m, names in owned for name in names)
@@ -132,4 +131,4 @@ def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def _is_heard(module: nn.Module) -> bool:
-    return any([len(hooks) for hooks in _hooks(module)])
+    return any(len(hooks) for hooks in _hooks(module))

@@ -6,7 +6,7 @@ Paper: Attention Augmented Convolutional Networks, ICCV 2019, https://arxiv.org/
 import torch
 from torch import nn
 
-from .eca import _odd_kernel_size, _positive_int
+from .checks import odd_kernel_size, positive_int
 from .registry import register_attn
 
 __all__ = ["AttnAugmentedConv2d"]
@@ -56,9 +56,9 @@ class AttnAugmentedConv2d(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        channels, heads = _positive_int("channels", channels), _positive_int("num_heads", num_heads)
-        out_channels = channels if out_channels is None else _positive_int("out_channels", out_channels)
-        k, stride = _odd_kernel_size(kernel_size), _positive_int("stride", stride)
+        channels, heads = positive_int("channels", channels), positive_int("num_heads", num_heads)
+        out_channels = channels if out_channels is None else positive_int("out_channels", out_channels)
+        k, stride = odd_kernel_size(kernel_size), positive_int("stride", stride)
         value_dim = max(int(value_ratio * out_channels) // heads, 1) * heads
         if not 0 < value_ratio <= 1 or key_ratio < 0 or value_dim >= out_channels:
             raise ValueError(
@@ -67,7 +67,7 @@ class AttnAugmentedConv2d(nn.Module):
             )
         placed = {"device": device, "dtype": dtype}
         self.num_heads = heads
-        self.key_dim = max(int(key_ratio * out_channels) // heads, _positive_int("min_key_dim", min_key_dim))
+        self.key_dim = max(int(key_ratio * out_channels) // heads, positive_int("min_key_dim", min_key_dim))
         self.widths = (heads * self.key_dim, heads * self.key_dim, value_dim)
         self.feat_size = None if feat_size is None else tuple(feat_size)
         self.conv = nn.Conv2d(channels, out_channels - value_dim, k, stride, k // 2, bias=False, **placed)

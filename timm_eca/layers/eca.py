@@ -5,15 +5,15 @@ https://arxiv.org/abs/1910.03151. Reference code: https://github.com/BangguWu/EC
 """
 
 import math
-import operator
 
 import torch
 from timm.layers import LayerType, create_act_layer
 from torch import nn
 
+from .checks import odd_kernel_size, positive_int
 from .registry import register_attn
 
-__all__ = ["EcaLayer", "adaptive_kernel_size"]
+__all__ = ["EcaLayer", "adaptive_kernel_size", "chosen_kernel_size"]
 
 
 def adaptive_kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
@@ -31,33 +31,24 @@ def adaptive_kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> in
     Raises:
         ValueError: If channels is not a positive integer or gamma is not above zero.
     """
-    channels = _positive_int("channels", channels)
+    channels = positive_int("channels", channels)
     if not gamma > 0:
         raise ValueError(f"gamma must be above 0, got {gamma!r}.")
     t = int(abs((math.log2(channels) + beta) / gamma))
     return max(t if t % 2 else t + 1, 3)
 
 
-def _positive_int(name: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if isinstance(value, bool) or number < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    return number
+def chosen_kernel_size(channels: int | None, kernel_size: int | None, gamma: float = 2, beta: float = 1) -> int:
+    """Return the kernel size given, or the adaptive one of the channels where it is None.
 
-
-def _odd_kernel_size(value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if isinstance(value, bool) or number < 1 or number % 2 == 0:
-        raise ValueError(
-            f"kernel_size must be an odd positive integer (1, 3, 5, ...) or None for the adaptive size, got {value!r}."
-        )
-    return number
+    Raises:
+        ValueError: If neither is given, or kernel_size is not an odd positive integer.
+    """
+    if kernel_size is not None:
+        return odd_kernel_size(kernel_size, accepted=" or None for the adaptive size")
+    if channels is None:
+        raise ValueError("EcaLayer needs channels (for the adaptive kernel size) or kernel_size, got neither.")
+    return adaptive_kernel_size(channels, gamma, beta)
 
 
 def _create_gate(gate_layer: LayerType) -> nn.Module:
@@ -118,13 +109,8 @@ class EcaLayer(nn.Module):
     ):
         super().__init__()
         if channels is not None:
-            channels = _positive_int("channels", channels)
-        if kernel_size is not None:
-            kernel_size = _odd_kernel_size(kernel_size)
-        elif channels is not None:
-            kernel_size = adaptive_kernel_size(channels, gamma, beta)
-        else:
-            raise ValueError("EcaLayer needs channels (for the adaptive kernel size) or kernel_size, got neither.")
+            channels = positive_int("channels", channels)
+        kernel_size = chosen_kernel_size(channels, kernel_size, gamma, beta)
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype)
         self.gate = _create_gate(gate_layer)
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from .channel_gate import ChannelGate
-from .eca import _odd_kernel_size, _positive_int, adaptive_kernel_size
+from .checks import positive_int
+from .eca import chosen_kernel_size
 from .registry import register_attn
 
 __all__ = ["EcaNs"]
@@ -31,8 +32,8 @@ class EcaNs(ChannelGate):
 
     def __init__(self, channels: int, kernel_size: int | None = None, device=None, dtype=None):
         super().__init__()
-        channels = _positive_int("channels", channels)
-        k = adaptive_kernel_size(channels) if kernel_size is None else _odd_kernel_size(kernel_size)
+        channels = positive_int("channels", channels)
+        k = chosen_kernel_size(channels, kernel_size)
         self.kernel_size = k
         self.conv = nn.Conv1d(channels, channels, k, groups=channels, bias=False, device=device, dtype=dtype)
 

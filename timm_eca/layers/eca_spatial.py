@@ -8,7 +8,8 @@ import torch
 from timm.layers.cbam import SpatialAttn
 from torch import nn
 
-from .eca import EcaLayer, _odd_kernel_size
+from .checks import odd_kernel_size
+from .eca import EcaLayer
 from .registry import register_attn
 
 __all__ = ["EcaSpatial"]
@@ -39,7 +40,9 @@ class EcaSpatial(nn.Module):
     ):
         super().__init__()
         self.channel = EcaLayer(channels, kernel_size, device=device, dtype=dtype)
-        self.spatial = SpatialAttn(_odd_kernel_size(spatial_kernel_size), device=device, dtype=dtype)
+        self.spatial = SpatialAttn(
+            odd_kernel_size(spatial_kernel_size, "spatial_kernel_size"), device=device, dtype=dtype
+        )
 
     def channel_weights(self, x: torch.Tensor) -> torch.Tensor:
         """Return ECA's gates, one per sample and channel: (B, C, H, W) -> (B, C)."""

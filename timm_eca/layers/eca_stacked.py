@@ -9,7 +9,8 @@ from timm.layers import LayerType, create_act_layer
 from torch import nn
 
 from .channel_gate import ChannelGate
-from .eca import _odd_kernel_size, _positive_int, adaptive_kernel_size
+from .checks import positive_int
+from .eca import chosen_kernel_size
 
 __all__ = ["EcaStacked"]
 
@@ -41,8 +42,8 @@ class EcaStacked(ChannelGate):
         dtype=None,
     ):
         super().__init__()
-        channels, depth = _positive_int("channels", channels), _positive_int("depth", depth)
-        k = adaptive_kernel_size(channels) if kernel_size is None else _odd_kernel_size(kernel_size)
+        channels, depth = positive_int("channels", channels), positive_int("depth", depth)
+        k = chosen_kernel_size(channels, kernel_size)
         self.convs = nn.ModuleList(
             nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype) for _ in range(depth)
         )

@@ -7,7 +7,7 @@ https://arxiv.org/abs/1810.12348, Section 3.3 and 4.
 import torch
 from torch import nn
 
-from .eca import _positive_int
+from .checks import positive_int
 from .registry import register_attn
 
 __all__ = ["GeThetaPlus"]
@@ -54,7 +54,7 @@ class GeThetaPlus(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        channels, reduction = _positive_int("channels", channels), _positive_int("reduction", reduction)
+        channels, reduction = positive_int("channels", channels), positive_int("reduction", reduction)
         placed = {"device": device, "dtype": dtype}
         self.feat_size = None if feat_size is None else tuple(feat_size)
         self.gather = nn.Sequential()
@@ -78,7 +78,7 @@ class GeThetaPlus(nn.Module):
 
 
 def _log2(name: str, value: int) -> int:
-    number = _positive_int(name, value)
+    number = positive_int(name, value)
     if number < 2 or number & (number - 1):
         raise ValueError(f"{name} must be a power of two from 2 on, got {value!r}.")
     return number.bit_length() - 1

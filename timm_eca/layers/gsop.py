@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .channel_gate import ChannelGate
-from .eca import _positive_int
+from .checks import positive_int
 from .registry import register_attn
 
 __all__ = ["Gsop", "covariance"]
@@ -38,7 +38,7 @@ class Gsop(ChannelGate):
 
     def __init__(self, channels: int, reduced_channels: int = 128, device=None, dtype=None):
         super().__init__()
-        channels, c = _positive_int("channels", channels), _positive_int("reduced_channels", reduced_channels)
+        channels, c = positive_int("channels", channels), positive_int("reduced_channels", reduced_channels)
         self.reduce = nn.Conv2d(channels, c, 1, device=device, dtype=dtype)
         self.norm = nn.BatchNorm2d(c, device=device, dtype=dtype)
         self.act = nn.ReLU()

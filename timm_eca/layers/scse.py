@@ -7,7 +7,7 @@ https://arxiv.org/abs/1803.02579.
 import torch
 from torch import nn
 
-from .eca import _positive_int
+from .checks import positive_int
 from .registry import register_attn
 
 __all__ = ["ScSe"]
@@ -33,7 +33,7 @@ class ScSe(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 2, device=None, dtype=None):
         super().__init__()
-        channels, reduction = _positive_int("channels", channels), _positive_int("reduction", reduction)
+        channels, reduction = positive_int("channels", channels), positive_int("reduction", reduction)
         hidden = max(channels // reduction, 1)
         self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
         self.act = nn.ReLU()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .channel_gate import ChannelGate
-from .eca import _positive_int
+from .checks import positive_int
 from .registry import register_attn
 
 __all__ = ["SePaper"]
@@ -33,7 +33,7 @@ class SePaper(ChannelGate):
 
     def __init__(self, channels: int, reduction: int = 16, device=None, dtype=None):
         super().__init__()
-        channels, reduction = _positive_int("channels", channels), _positive_int("reduction", reduction)
+        channels, reduction = positive_int("channels", channels), positive_int("reduction", reduction)
         hidden = max(channels // reduction, 1)
         self.fc1 = nn.Linear(channels, hidden, bias=False, device=device, dtype=dtype)
         self.act = nn.ReLU()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .channel_gate import ChannelGate
-from .eca import _positive_int
+from .checks import positive_int
 from .registry import register_attn
 
 __all__ = ["SeGroups", "SeVar1", "SeVar2", "SeVar3"]
@@ -24,7 +24,7 @@ class SeVar1(ChannelGate):
 
     def __init__(self, channels: int):
         super().__init__()
-        _positive_int("channels", channels)
+        positive_int("channels", channels)
 
     def logits(self, y: torch.Tensor) -> torch.Tensor:
         return y
@@ -44,7 +44,7 @@ class SeVar2(ChannelGate):
 
     def __init__(self, channels: int, device=None, dtype=None):
         super().__init__()
-        channels = _positive_int("channels", channels)
+        channels = positive_int("channels", channels)
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype).uniform_(-1, 1))
 
     def logits(self, y: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ class SeVar3(ChannelGate):
 
     def __init__(self, channels: int, device=None, dtype=None):
         super().__init__()
-        channels = _positive_int("channels", channels)
+        channels = positive_int("channels", channels)
         self.fc = nn.Linear(channels, channels, bias=False, device=device, dtype=dtype)
 
     def logits(self, y: torch.Tensor) -> torch.Tensor:
@@ -88,11 +88,11 @@ class SeGroups(ChannelGate):
         self, channels: int, groups: int | None = None, group_size: int | None = None, device=None, dtype=None
     ):
         super().__init__()
-        channels = _positive_int("channels", channels)
+        channels = positive_int("channels", channels)
         if (groups is None) == (group_size is None):
             raise ValueError(f"SE-GC needs groups or group_size, got groups={groups!r}, group_size={group_size!r}.")
         name, value = ("groups", groups) if group_size is None else ("group_size", group_size)
-        divisor = _positive_int(name, value)  # type: ignore[arg-type]
+        divisor = positive_int(name, value)  # type: ignore[arg-type]
         if channels % divisor:
             raise ValueError(f"{name} must divide channels, {channels}, got {divisor}.")
         count = divisor if group_size is None else channels // divisor
