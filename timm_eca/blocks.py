@@ -3,40 +3,9 @@
 A row reads: in `module:Class`, the tensor that `gate` has in braces ends the branch, as wide as the output of `width`.
 """
 
-from typing import NamedTuple
+from .block_rule import BlockRule
 
-__all__ = ["BLOCKS", "FAMILIES", "NO_STAGE_OUTPUT", "STAGE_NUMBERS", "TRANSFORMERS", "BlockRule"]
-
-
-class BlockRule(NamedTuple):
-    """Where a block's branch ends. Paths are relative to the block.
-
-    Attributes:
-        gate: Expression of the block's forward, braces around the tensor that ends the branch.
-        width: Modules whose output channels, summed, are that tensor's; `<` is the last convolution before the block.
-        scale: What scales that tensor linearly: paths of modules (their weight and bias) or of tensors; after a `/`
-            what must shrink by the same factor. Modules that a block lacks are skipped; None: the modules of `width`;
-            nothing where no weights do, or where they would scale more than that tensor.
-        slot: Attribute that forward calls on that tensor anyway, empty in a plain block.
-        se: Attributes that may hold squeeze-and-excitation inside the branch.
-        keep: Expression of forward for a layer that follows what the slot holds.
-        nhwc: Whether the tensor is (B, H, W, C).
-        when: Attribute of the block that must be true for the row to hold; of a child's rows the first that holds
-            counts.
-        family: timm's module in whose models alone the row holds.
-        child: Name of the layer where it has no slot. Blocks with two branches have rows for two children.
-    """
-
-    gate: str
-    width: tuple[str, ...]
-    scale: tuple[str, ...] | None = None
-    slot: str | None = None
-    se: tuple[str, ...] = ()
-    keep: str | None = None
-    nhwc: bool = False
-    when: str | None = None
-    child: str = "attn_last"
-    family: str | None = None
+__all__ = ["BLOCKS"]
 
 
 def _rule(gate: str, *width: str, **kwargs) -> BlockRule:
@@ -308,33 +277,3 @@ BLOCKS: dict[str, tuple[BlockRule, ...]] = {
         ),
     ),
 }
-
-# fmt: off
-FAMILIES = frozenset((
-    "byoanet", "byobnet", "convmixer", "convnext", "cpubone", "csatv2", "cspnet", "cspnext", "davit", "densenet",
-    "dla", "dpn", "edgenext", "efficientformer", "efficientformer_v2", "efficientnet", "efficientvim",
-    "efficientvit_mit", "efficientvit_msra", "fasternet", "fastvit", "focalnet", "gcvit", "ghostnet", "hardcorenas",
-    "hgnet", "hrnet", "iformer", "inception_next", "inception_resnet_v2", "inception_v3", "inception_v4", "lcnetv2",
-    "lowformer", "mambaout", "maxxvit", "metaformer", "mobilenetv3", "mobilenetv5", "mobilevit", "nasnet", "nextvit",
-    "nfnet", "pnasnet", "rdnet", "regnet", "repghost", "repvit", "res2net", "resnest", "resnet", "resnetv2", "rexnet",
-    "selecsls", "senet", "shvit", "sknet", "starnet", "swiftformer", "tiny_vit", "tresnet", "vgg", "visformer",
-    "vitamin", "vovnet", "xception", "xception_aligned",
-))
-# fmt: on
-"""timm's modules with convolutional blocks that take attention."""
-
-NO_STAGE_OUTPUT = frozenset(("densenet", "efficientformer", "efficientvim", "hrnet", "rdnet", "selecsls"))
-"""Modules whose stages give no single (B, C, H, W) tensor of a known width."""
-
-STAGE_NUMBERS = {"inception_resnet_v2": {"repeat": 1, "repeat_1": 2, "repeat_2": 3, "block8": 3}}
-"""Numbers of stages whose names do not tell, by module and name."""
-
-# fmt: off
-TRANSFORMERS = frozenset((
-    "beit", "cait", "coat", "convit", "crossvit", "deepseek_vit", "deit", "eva", "gemma4_vit", "hiera",
-    "hieradet_sam2", "levit", "mlp_mixer", "mvitv2", "naflexvit", "nest", "pit", "pvt_v2", "qwen3_vit", "sequencer",
-    "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "tnt", "twins", "vision_transformer",
-    "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam", "volo", "xcit",
-))
-# fmt: on
-"""timm's modules of transformers and MLPs, without a two-dimensional convolutional block."""

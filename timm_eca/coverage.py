@@ -14,7 +14,7 @@ from torch import nn
 
 from .inject import attn_sites
 from .models import ENTRYPOINTS
-from .placement import Site
+from .sites import Site
 from .timm_hooks import install
 
 __all__ = ["Coverage", "coverage_of", "markdown", "survey", "timm_names", "write_tables"]

@@ -25,25 +25,31 @@ class Gate(NamedTuple):
     """One tensor of a forward that passes through one child.
 
     Attributes:
-        child: Name of the child.
+        child: Name of the child, or path of a child's child.
         expressions: Expressions of forward with braces around what is gated, such as `{self.bn3(x)}`, separated by
             ` | ` where several say the same; all occurrences are gated. `RETURN` stands for what forward returns.
-        nhwc: Whether the tensor is (B, H, W, C); the child gets (B, C, H, W) all the same.
+        layout: What the tensor is: 'NCHW', 'NHWC', or 'tokens' (B, N, C). The child gets (B, C, H, W) all the same;
+            tokens as a column, H = N and W = 1.
         gain: Whether the tensor is multiplied by the block's buffer `gain_name(child)` first.
     """
 
     child: str
     expressions: str
-    nhwc: bool = False
+    layout: str = "NCHW"
     gain: bool = False
 
     def call(self, expression: str) -> str:
         """Return the source that stands for an expression of forward."""
         if self.gain:
             expression = f"({expression}) * self.{gain_name(self.child)}"
-        if self.nhwc:
-            return f"(self.{self.child}(({expression}).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))"
-        return f"(self.{self.child}({expression}))"
+        return _CALLS[self.layout].format(call=f"self.{self.child}", x=f"({expression})")
+
+
+_CALLS = {
+    "NCHW": "({call}({x}))",
+    "NHWC": "({call}({x}.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))",
+    "tokens": "({call}({x}.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2))",
+}
 
 
 def gain_name(child: str) -> str:

@@ -13,7 +13,8 @@ from .checkpoint import LoadGuard
 from .gating import Gate, gate_block_, gated_class
 from .identity import check_identity, identity_factors, scale_
 from .layers.registry import AttnLayer, get_attn
-from .placement import Site, find_sites, placed_site
+from .placement import find_sites, placed_site
+from .sites import Site
 from .spec import AttnSpec
 
 __all__ = [

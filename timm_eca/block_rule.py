@@ -1,0 +1,36 @@
+"""The form of a row in the table of blocks."""
+
+from typing import NamedTuple
+
+__all__ = ["BlockRule"]
+
+
+class BlockRule(NamedTuple):
+    """Where a block's branch ends. Paths are relative to the block.
+
+    Attributes:
+        gate: Expression of the block's forward, braces around the tensor that ends the branch.
+        width: Modules whose output channels, summed, are that tensor's; `<` is the last convolution before the block.
+        scale: What scales that tensor linearly: paths of modules (their weight and bias) or of tensors; after a `/`
+            what must shrink by the same factor. Modules that a block lacks are skipped; None: the modules of `width`;
+            nothing where no weights do, or where they would scale more than that tensor.
+        slot: Attribute that forward calls on that tensor anyway, empty in a plain block.
+        se: Attributes that may hold squeeze-and-excitation inside the branch.
+        keep: Expression of forward for a layer that follows what the slot holds.
+        nhwc: Whether the tensor is (B, H, W, C).
+        when: Attribute of the block that must be true for the row to hold; of a child's rows the first that holds
+            counts.
+        family: timm's module in whose models alone the row holds.
+        child: Name of the layer where it has no slot. Blocks with two branches have rows for two children.
+    """
+
+    gate: str
+    width: tuple[str, ...]
+    scale: tuple[str, ...] | None = None
+    slot: str | None = None
+    se: tuple[str, ...] = ()
+    keep: str | None = None
+    nhwc: bool = False
+    when: str | None = None
+    child: str = "attn_last"
+    family: str | None = None
