@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import timm
 import torch
 from torch import nn
@@ -112,6 +113,15 @@ NAMES = {
     "pnasnet5large": 64,
 }
 LARGE = {"nasnetalarge", "pnasnet5large"}  # built and run once, not through every test
+SMALLER = {
+    "mobilenetv5_300m_enc": {"channel_multiplier": 0.125},
+    "vgg11": {"mlp_ratio": 1 / 64},
+    "vgg11_bn": {"mlp_ratio": 1 / 64},
+}  # arguments that make a model smaller and leave its blocks as they are
+
+
+def new(name, **kwargs):
+    return timm.create_model(name, **SMALLER.get(name, {}), **kwargs)
 
 
 def image(name, batch=2):
@@ -121,7 +131,7 @@ def image(name, batch=2):
 def create(name, **kwargs):
     """A model whose norms have random weights and the statistics of an image, so that no activation explodes."""
     torch.manual_seed(0)
-    model = randomize_(timm.create_model(name, **kwargs)).train()
+    model = randomize_(new(name, **kwargs)).train()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -147,3 +157,6 @@ def enliven_(model):
         if not parameter.count_nonzero():
             parameter.data.fill_(0.1)
     return model
+
+
+small = pytest.mark.parametrize("name", [name for name in NAMES if name not in LARGE])

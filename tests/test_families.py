@@ -13,7 +13,7 @@ from timm.models import group_parameters, reparameterize_model
 from torch import nn
 
 from additions import Recorder
-from family_names import LARGE, NAMES, create, enliven_, image, with_attn
+from family_names import NAMES, create, enliven_, image, new, small, with_attn
 from timm_eca import EcaLayer, add_attn_, attn_modules, plan_attn
 from timm_eca.blocks import BLOCKS
 from timm_eca.coverage import coverage_of, timm_names
@@ -46,9 +46,6 @@ OTHER_ADDITIONS = {
     "FirstCellWithAttn": "a cell, whose output passes through the layer",
     "NormalCellWithAttn": "a cell, whose output passes through the layer",
 }
-
-
-small = pytest.mark.parametrize("name", [name for name in NAMES if name not in LARGE])
 
 
 class TestTable:
@@ -93,7 +90,7 @@ class TestTable:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_residual_branch_ends_in_the_layer(name):
-    model = timm.create_model(name, attn_layer="eca", attn_where="end").eval()
+    model = new(name, attn_layer="eca", attn_where="end").eval()
     recorder = Recorder(EcaLayer)
     recorder.watch(model)
     widths = {}
@@ -168,18 +165,8 @@ class TestAsAModel:
             if convert != nn.SyncBatchNorm.convert_sync_batchnorm:  # torch's drops activations of timm's norms
                 torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
-    def test_features_heads_and_layout(self, name):
+    def test_heads_and_layout(self, name):
         x = image(name)
-        try:
-            plain = timm.create_model(name, features_only=True)
-            plain.eval()(x)
-        except (RuntimeError, AttributeError, AssertionError):
-            plain = None  # timm itself extracts no features from it
-        if plain is not None:
-            features = timm.create_model(name, features_only=True, attn_layer="eca").eval()
-            assert len(attn_modules(features)) > 0
-            with torch.no_grad():
-                assert [f.shape for f in features(x)] == [f.shape for f in plain.eval()(x)]
         model = with_attn(create(name))
         if hasattr(model, "group_matcher"):
             groups = group_parameters(model, model.group_matcher())

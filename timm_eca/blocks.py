@@ -28,6 +28,7 @@ def _cell(part: str, parts: int) -> tuple[BlockRule]:
 
 
 _MBCONV = "{self.bn3(x)}"
+_XCEPTION = "self._residual({self.stack(x)}, x) | forward_with_tap: self._residual({m(x_tap)}, x)"
 _INCEPTION_V3 = "{torch.cat(outputs, 1)}"
 
 BLOCKS: dict[str, tuple[BlockRule, ...]] = {
@@ -185,8 +186,8 @@ BLOCKS: dict[str, tuple[BlockRule, ...]] = {
         _rule("{self.rep(inp)}", "rep.-1", when="rep.-1.num_features"),
         _rule("{self.rep(inp)}", "rep.-2"),
     ),
-    "xception_aligned:XceptionModule": (_rule("self._residual({self.stack(x)}, x)", "stack.conv3.bn_pw"),),
-    "xception_aligned:PreXceptionModule": (_rule("self._residual({self.stack(x)}, x)", "stack.conv3.conv_pw"),),
+    "xception_aligned:XceptionModule": (_rule(_XCEPTION, "stack.conv3.bn_pw"),),
+    "xception_aligned:PreXceptionModule": (_rule(_XCEPTION, "stack.conv3.conv_pw"),),
     "efficientvit_mit:ResidualBlock": (
         _rule(
             "{self.main(self.pre_norm(x))}",

@@ -31,11 +31,14 @@ ENDS = {
 }
 """What ends a stage where it is not the module that `feature_info` names, by timm's module and that name."""
 
+_XCEPTION = "{self._residual(self.stack(x), x)} | forward_with_tap: {self._residual(m(x_tap), x)}"
 RETURNS = {
     "efficientvim:EfficientViMBlock": "{x}, h",
     "selecsls:SelecSlsBlock": BLOCKS["selecsls:SelecSlsBlock"][0].gate,
+    "xception_aligned:PreXceptionModule": _XCEPTION,
+    "xception_aligned:XceptionModule": _XCEPTION,
 }
-"""Expressions of forward for classes that return more than the feature."""
+"""Expressions for classes that return more than the feature, of forward or of another method."""
 
 SEQUENCES = frozenset(("container:Sequential", "regnet:RegStage"))
 """Classes whose forward calls their children one after the other, so also one that is appended."""
