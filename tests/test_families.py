@@ -210,26 +210,6 @@ def test_compilers(name, where):
             torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-class ChannelScale(nn.Module):
-    """A user's layer, with nothing but the first argument."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
-
-    def forward(self, x):
-        return x * self.scale
-
-
-@pytest.mark.parametrize("name", ["efficientnet_b0", "convnext_atto", "mambaout_femto", "regnety_002", "ghostnet_050"])
-@pytest.mark.parametrize("layer", ["se", "cbam", "gc", "coord", "ese", ChannelScale])
-@pytest.mark.parametrize("where", ["auto", "end", "add"])
-def test_any_layer(name, layer, where):
-    model = timm.create_model(name, attn_layer=layer, attn_where=where).eval()
-    with torch.no_grad():
-        assert model(image(name, batch=1)).shape == (1, 1000)
-
-
 def test_weights_in_foreign_files(tmp_path):
     """A model that reads npz files by itself keeps its identity start."""
     import numpy as np
@@ -254,9 +234,3 @@ def test_weights_in_foreign_files(tmp_path):
         model.get_buffer(key).copy_(buffer)
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(model.eval()(x), plain(x))
-
-
-def test_pruned():
-    """timm narrows a pruned model after construction; the layer's weights do not depend on width."""
-    model = timm.create_model("efficientnet_b1_pruned", attn_layer="eca", attn_where="end").eval()
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)

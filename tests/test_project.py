@@ -12,10 +12,11 @@ import timm_eca
 MODULES = [m.name for m in pkgutil.walk_packages(timm_eca.__path__, "timm_eca.")]
 # Each may import from those before it, and from itself.
 STREET = ["checkout", "errors", "outputs", "layers", "spec", "families", "block_rule", "blocks", "gating", "branches"]
-STREET += ["sites", "stages", "placement", "identity"]
+STREET += ["sites", "stages", "placement", "identity", "making"]
 STREET += [
     "checkpoint",
     "inject",
+    "constructors",
     "weights",
     "models",
     "timm_hooks",

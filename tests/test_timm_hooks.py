@@ -161,11 +161,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"Unknown attention layer 'eac'.*Did you mean .*'eca'"):
             timm.create_model("resnet18", attn_layer="eac")
 
-    def test_width_dependent_layer_in_a_pruned_model(self):
-        timm.create_model("ecaresnet50d_pruned", attn_layer="eca", device="meta")
-        with pytest.raises(ValueError, match=r"ecaresnet50d_pruned is pruned: it takes 'eca'.*got 'se'"):
-            timm.create_model("ecaresnet50d_pruned", attn_layer="se", device="meta")
-
     def test_none_is_no_attention(self):
         model = timm.models.resnet18(attn_layer=None, attn_kwargs=None, device="meta")
         assert not hasattr(model, "attn_spec")

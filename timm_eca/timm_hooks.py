@@ -17,12 +17,13 @@ import timm.layers
 import timm.models
 from timm.models import _registry
 from timm.models._hub import save_config_for_hf
+from timm.models._prune import adapt_model_from_file
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .inject import ConstructorByTimm, ConstructorWithAttn, label_wrapper_, restart_identity_
-from .layers import EcaLayer
+from .constructors import ConstructorByTimm, ConstructorWithAttn
+from .inject import label_wrapper_, restart_identity_
 from .layers import registry as attn_registry
 from .models import ENTRYPOINTS
 from .placement import EXAMPLES
@@ -72,7 +73,8 @@ def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pre
     if not asked:
         return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
     spec = _spec(asked)
-    _check_pruned(variant, spec, kwargs)
+    if kwargs.pop("pruned", False):
+        model_cls = _pruned_first(model_cls, variant)
     by_timm = _placed_by_timm(variant, spec, asked, kwargs.get("model_cfg"))
     construct = (ConstructorByTimm if by_timm else ConstructorWithAttn)(model_cls, spec, variant)
     model = _timm_build_model_with_cfg(construct, variant, pretrained, *args, **kwargs)
@@ -120,13 +122,9 @@ def _spec(asked: dict[str, Any]) -> AttnSpec:
     return AttnSpec(**asked)
 
 
-def _check_pruned(variant: str, spec: AttnSpec, kwargs: dict[str, Any]) -> None:
-    # timm narrows the convolutions of a pruned model after construction, when the layers are in place already.
-    layer = attn_registry.get_attn(spec.attn_layer)
-    if kwargs.get("pruned") and not (isinstance(layer, type) and issubclass(layer, EcaLayer)):
-        raise ValueError(
-            f"{variant} is pruned: it takes 'eca', whose weights do not depend on width, got {spec.name!r}."
-        )
+def _pruned_first(model_cls: Callable[..., nn.Module], variant: str) -> Callable[..., nn.Module]:
+    """Construct, then narrow the convolutions as timm does later: layers are to be as wide as what is left."""
+    return lambda *args, **kwargs: adapt_model_from_file(model_cls(*args, **kwargs), variant)
 
 
 _HOOKS = {"get_attn": _get_attn, "build_model_with_cfg": _build_model_with_cfg}
