@@ -180,36 +180,6 @@ class TestAsAModel:
         torch.testing.assert_close(channels_last, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-# One name for each way in which a layer is called: a slot, a gate, NHWC, two children, a gain, an outer container.
-WAYS = [
-    "seresnet18",
-    "mobilenetv3_small_050",
-    "mambaout_femto",
-    "convformer_s18",
-    "cspnext_s",
-    "vgg11",
-    "convnext_atto",
-]
-
-
-@pytest.mark.parametrize("name", WAYS)
-@pytest.mark.parametrize("where", ["auto", "stage"])
-def test_compilers(name, where):
-    model = create(name, attn_layer="eca", attn_where=where)
-    x = image(name, batch=1)
-    with torch.no_grad():
-        expected = model(x)
-        others = [
-            torch.jit.script(model),
-            torch.jit.trace(model, x),
-            torch.fx.symbolic_trace(model) if name in ("seresnet18", "convnext_atto") else model,
-            torch.export.export(model, (x,)).module(),
-            torch.compile(model, fullgraph=True, backend="aot_eager"),
-        ]
-        for other in others:
-            torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-
-
 def test_weights_in_foreign_files(tmp_path):
     """A model that reads npz files by itself keeps its identity start."""
     import numpy as np
