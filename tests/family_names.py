@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from conftest import randomize_
-from timm_eca import add_attn_, attn_modules
+from timm_eca import add_attn_, attn_modules, plan_attn
+from timm_eca.placement import placed_by_timm
 
 # One name a module of timm, and one for each further kind of block; with the image size where 64 does not do.
 NAMES = {
@@ -143,9 +144,17 @@ def create(name, **kwargs):
     return model.eval()
 
 
+def keeping(plain):
+    """The placement that removes nothing: 'auto', or 'add' for a model with squeeze-and-excitation."""
+    if placed_by_timm(type(plain)):
+        return "add"
+    return "add" if any(site.replaces for site in plan_attn(plain)) else "auto"
+
+
 def with_attn(plain, **kwargs):
     """A copy with attention whose gates do not saturate, however large the activations of random weights."""
-    model = add_attn_(copy.deepcopy(plain), "eca", **kwargs)
+    where = "add" if placed_by_timm(type(plain)) else "auto"
+    model = add_attn_(copy.deepcopy(plain), "eca", **{"attn_where": where, **kwargs})
     for layer in attn_modules(model).values():
         layer.conv.weight.data.mul_(0.01)
     return model

@@ -13,8 +13,8 @@ from timm.models import group_parameters, reparameterize_model
 from torch import nn
 
 from additions import Recorder
-from family_names import NAMES, create, enliven_, image, new, small, with_attn
-from timm_eca import EcaLayer, add_attn_, attn_modules, plan_attn
+from family_names import NAMES, create, enliven_, image, keeping, new, small, with_attn
+from timm_eca import EcaLayer, add_attn_, attn_modules
 from timm_eca.blocks import BLOCKS
 from timm_eca.coverage import coverage_of, timm_names
 from timm_eca.families import FAMILIES, TRANSFORMERS
@@ -109,8 +109,7 @@ def test_every_residual_branch_ends_in_the_layer(name):
 class TestAsAModel:
     def test_identity_start(self, name):
         plain = create(name)
-        where = "auto" if not any(s.replaces for s in plan_attn(plain)) else "add"
-        model = add_attn_(copy.deepcopy(plain), "eca", attn_where=where, attn_init="identity")
+        model = add_attn_(copy.deepcopy(plain), "eca", attn_where=keeping(plain), attn_init="identity")
         x = image(name)
         with torch.no_grad():
             assert torch.equal(model.eval()(x), plain(x))
@@ -124,7 +123,7 @@ class TestAsAModel:
     def test_copies_and_checkpoints(self, name):
         """Copies compute the same; plain weights load, complete ones too, half of the attention's do not."""
         plain = create(name)
-        where = "add" if any(s.replaces for s in plan_attn(plain)) else "auto"
+        where = keeping(plain)
         model = add_attn_(copy.deepcopy(plain), "eca", attn_where=where)
         x = image(name, batch=1)
         pickled = io.BytesIO()
@@ -136,7 +135,7 @@ class TestAsAModel:
             expected = model(x)
             for twin in (copy.deepcopy(model), torch.load(pickled, weights_only=False), other):
                 assert torch.equal(twin(x), expected)
-        replacing = add_attn_(copy.deepcopy(plain), "eca")
+        replacing = add_attn_(copy.deepcopy(plain), "eca", attn_where="end")
         before = {path: layer.conv.weight.clone() for path, layer in attn_modules(replacing).items()}
         replacing.load_state_dict(plain.state_dict())
         assert all(torch.equal(layer.conv.weight, before[p]) for p, layer in attn_modules(replacing).items())

@@ -6,17 +6,11 @@ import pytest
 import timm
 import torch
 
-from family_names import NAMES, create, image, new, small
-from timm_eca import attn_modules, plan_attn
+from family_names import NAMES, create, image, keeping, new, small
+from timm_eca import attn_modules
 
 KINDS = ["list", "hook", "getter"]
-
-
-def identity_of(plain):
-    """Arguments of an identity start: placement that removes no squeeze-and-excitation."""
-    placed_by_timm = type(plain).__name__ in ("ByobNet", "NormFreeNet")
-    where = "add" if placed_by_timm or any(s.replaces for s in plan_attn(plain, attn_where="auto")) else "auto"
-    return {"attn_layer": "eca", "attn_where": where, "attn_init": "identity"}
+IDENTITY = {"attn_layer": "eca", "attn_init": "identity"}
 
 
 def features_of(name, weights, **kwargs):
@@ -32,7 +26,7 @@ def check(name, **kind):
             expected = features_of(name, whole.state_dict(), **kind)(x)
         except (AssertionError, AttributeError, KeyError, TypeError) as error:
             pytest.skip(f"timm extracts no such features from it: {error}")
-        model = features_of(name, whole.state_dict(), **kind, **identity_of(whole))
+        model = features_of(name, whole.state_dict(), **kind, **IDENTITY, attn_where=keeping(whole))
         features = model(x)
     assert len(attn_modules(model)) > 0
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(features, expected, strict=True))

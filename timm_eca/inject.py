@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from .checkpoint import LoadGuard
+from .families import FAMILIES
 from .gating import Gate, gate_block_, gated_class
 from .identity import check_identity, identity_factors, scale_
 from .layers import EcaLayer
 from .layers.registry import AttnLayer, get_attn
 from .making import build_layer, check_layer_args, shapes_of
-from .placement import find_sites
-from .sites import Site
+from .placement import find_sites, placed_by_timm
+from .sites import Site, family_of
 from .spec import AttnSpec
 
 __all__ = [
@@ -49,7 +50,8 @@ def plan_attn(
         attn_layer: Registered name, or a class, partial or function whose first argument is `channels`.
         attn_kwargs: Keyword arguments of the layer; a sequence of mappings gives one to each stage.
         attn_stages: Numbers of the stages that get the layer, the first being 1. None: all.
-        attn_where: 'auto' (where the paper puts it) or 'end' (end of the residual branch).
+        attn_where: 'auto', 'end', 'add' or 'stage', as in `AttnSpec`; not 'auto' in timm's ByobNets and NFNets, whose
+            constructors place the layer then.
         attn_init: 'default' (the layer's own) or 'identity' (the model computes what it computes without it).
 
     Raises:
@@ -57,6 +59,7 @@ def plan_attn(
     """
     spec = AttnSpec(attn_layer, attn_kwargs, attn_stages, attn_where, attn_init)
     sites = _checked_sites(model, spec)
+    _check_built(model, spec)
     for site in sites:
         check_layer_args(spec, site.channels, spec.kwargs_of(site.stage - 1))
     return sites
@@ -77,6 +80,7 @@ def add_attn_(
     of two that the layers undo. All checks come before the first write. Arguments and errors as `plan_attn`.
     """
     spec = AttnSpec(attn_layer, attn_kwargs, attn_stages, attn_where, attn_init)
+    _check_built(model, spec)
     inject_(model, spec)
     # timm saves these with the model (`save_for_hf`, `push_to_hf_hub`), so that `create_model` rebuilds it.
     model._model_args = {**getattr(model, "_model_args", {}), **spec.as_args()}  # type: ignore[assignment]
@@ -134,6 +138,15 @@ def restart_identity_(model: nn.Module) -> None:
     for site in attn_sites(model):
         layer: Any = model.get_submodule(site.path)
         scale_(model, site.scales, layer.identity_init_())
+
+
+def _check_built(model: nn.Module, spec: AttnSpec) -> None:
+    """Raise ValueError where 'auto' means what only a constructor can do, and a saved model would be rebuilt so."""
+    if spec.attn_where == "auto" and family_of(model) in FAMILIES and placed_by_timm(type(model)):
+        raise ValueError(
+            f"attn_where='auto' leaves the place to the constructor of {type(model).__name__}, and this model is built:"
+            " give attn_layer to timm.create_model, or say attn_where='end' or 'add' here."
+        )
 
 
 def _checked_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) -> list[Site]:

@@ -3,7 +3,10 @@
 Rules know blocks, not attention classes; planning only reads.
 """
 
+import dataclasses
+import inspect
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +18,7 @@ from .sites import Site, family_of, rule_key
 from .spec import AttnSpec
 from .stages import stage_number, stage_sites
 
-__all__ = ["EXAMPLES", "find_sites", "placed_site", "rules_of"]
+__all__ = ["EXAMPLES", "find_sites", "placed_by_timm", "placed_site", "rules_of"]
 
 EXAMPLES = ("resnet50", "mobilenetv2_100", "convnext_tiny")
 
@@ -43,6 +46,13 @@ def find_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) -> lis
         sites = stage_sites(model, sites)
     _check_stages(spec, sites)
     return [site for site in sites if spec.attn_stages is None or site.stage in spec.attn_stages]
+
+
+def placed_by_timm(model_cls: Any) -> bool:
+    """Whether a model class's own configuration has `attn_layer`, and its constructor places the layer."""
+    cfg = inspect.signature(model_cls).parameters.get("cfg") if isinstance(model_cls, type) else None
+    fields = dataclasses.fields(cfg.annotation) if cfg and dataclasses.is_dataclass(cfg.annotation) else ()
+    return {"attn_layer", "attn_kwargs"} <= {field.name for field in fields}
 
 
 def placed_site(model: nn.Module, path: str, channels: int) -> Site:

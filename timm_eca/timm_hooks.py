@@ -5,7 +5,6 @@ its own reference, so a door is opened by rebinding the name in every module of 
 puts every reference back and takes the entrypoints out of timm's registry.
 """
 
-import dataclasses
 import functools
 import sys
 import warnings
@@ -26,7 +25,7 @@ from .constructors import ConstructorByTimm, ConstructorWithAttn
 from .inject import label_wrapper_, restart_identity_
 from .layers import registry as attn_registry
 from .models import ENTRYPOINTS
-from .placement import EXAMPLES
+from .placement import EXAMPLES, placed_by_timm
 from .spec import ATTN_ARGS, AttnSpec
 
 __all__ = ["install", "installed", "save_config_for_hf", "uninstall"]
@@ -73,9 +72,9 @@ def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pre
     if not asked:
         return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
     spec = _spec(asked)
+    by_timm = _placed_by_timm(variant, model_cls, spec, asked)
     if kwargs.pop("pruned", False):
         model_cls = _pruned_first(model_cls, variant)
-    by_timm = _placed_by_timm(variant, spec, asked, kwargs.get("model_cfg"))
     construct = (ConstructorByTimm if by_timm else ConstructorWithAttn)(model_cls, spec, variant)
     model = _timm_build_model_with_cfg(construct, variant, pretrained, *args, **kwargs)
     inner: Any = construct.model
@@ -100,10 +99,9 @@ def _is_registered(layer: Any) -> bool:
     return isinstance(layer, str) and layer.lower() in attn_registry.list_attns()
 
 
-def _placed_by_timm(variant: str, spec: AttnSpec, asked: dict[str, Any], cfg: Any) -> bool:
-    """Whether timm's own configuration of a model has `attn_layer` and places the layer itself."""
-    fields = {f.name for f in dataclasses.fields(cfg)} if dataclasses.is_dataclass(cfg) else set()
-    if not {"attn_layer", "attn_kwargs"} <= fields or spec.attn_where != "auto":
+def _placed_by_timm(variant: str, model_cls: Any, spec: AttnSpec, asked: dict[str, Any]) -> bool:
+    """Whether timm's constructor is to place the layer itself."""
+    if spec.attn_where != "auto" or not placed_by_timm(model_cls):
         return False
     more = sorted({"attn_stages", "attn_init"} & set(asked)) + ["attn_kwargs per stage"] * (
         not isinstance(spec.attn_kwargs, dict)
