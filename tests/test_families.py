@@ -14,35 +14,16 @@ from torch import nn
 
 from additions import Recorder
 from family_names import NAMES, create, enliven_, image, keeping, new, small, with_attn
-from timm_eca import EcaLayer, add_attn_, attn_modules
+from timm_eca import EcaLayer, add_attn_, attn_modules, plan_attn
 from timm_eca.blocks import BLOCKS
 from timm_eca.coverage import coverage_of, timm_names
 from timm_eca.families import FAMILIES, TRANSFORMERS
 from timm_eca.sites import rule_key
 
-# Residual additions without a layer before them, by the class that adds: not the end of a convolutional branch.
-OTHER_ADDITIONS = {
-    "TransformerBlock2d": "self-attention",
-    "GlobalContextVitBlock": "self-attention",
-    "TinyVitBlock": "self-attention",
-    "SpatialTransformerBlock": "self-attention",
-    "TransformerBlock": "self-attention",
-    "SplitTransposeBlock": "self-attention",
-    "NextTransformerBlock": "self-attention",
-    "Block": "self-attention (swiftformer)",
-    "BlockWithAttn": "self-attention (visformer)",
-    "EfficientFormerV2BlockWithAttn": "self-attention",
-    "ResidualBlock": "self-attention and its MLP",
-    "ResidualDrop": "self-attention",
-    "Residual": "self-attention (shvit, iformer)",
-    "MetaBlock2dWithAttn": "pooling without weights",
-    "MetaFormerBlockWithAttn": "pooling without weights",
-    "GlobalResponseNorm": "a norm",
-    "PosConv": "position encoding",
-    "PatchMerging": "downsampling (efficientvim)",
-    "EfficientViMBlockWithAttn": "interpolation between a tensor and its branch",
-    "RepMixer": "a branch that is fused into one convolution",
-    "RepVggDw": "a branch that is fused into one convolution",
+# Classes with residual convolutions that no layer follows, and why.
+OTHER_CONVOLUTIONS = {
+    "PosConv": "csatv2's position encoding of a map of one channel, which has no others to be weighed against",
+    "Residual": "iformer's position encoding RepCPE, which timm fuses into one convolution from outside the block",
     "FirstCellWithAttn": "a cell, whose output passes through the layer",
     "NormalCellWithAttn": "a cell, whose output passes through the layer",
 }
@@ -99,20 +80,34 @@ def test_every_residual_branch_ends_in_the_layer(name):
     with torch.no_grad(), recorder:
         model(image(name, batch=1))
     assert widths == {site.path: site.channels for site in model.attn_sites}
-    bare = {a.modules[-1] for a in recorder.additions if not a.gated}
-    assert bare <= OTHER_ADDITIONS.keys()
-    inside = [a for a in recorder.additions if a.modules[-1] not in OTHER_ADDITIONS]
-    assert all(a.gated for a in inside)
+    for addition in recorder.additions:
+        if not addition.gated and addition.convolutional:
+            assert addition.modules[-1] in OTHER_CONVOLUTIONS
+
+
+def test_other_convolutions_are_there():
+    """The exceptions are those of the models that they are said of."""
+    found = set()
+    for name in ("csatv2", "iformer_t", "nasnetalarge"):
+        model = new(name, attn_layer="eca", attn_where="end").eval()
+        recorder = Recorder(EcaLayer)
+        recorder.watch(model)
+        with torch.no_grad(), recorder:
+            model(image(name, batch=1))
+        found |= {a.modules[-1] for a in recorder.additions if not a.gated and a.convolutional}
+    assert found == OTHER_CONVOLUTIONS.keys()
 
 
 @small
 class TestAsAModel:
     def test_identity_start(self, name):
         plain = create(name)
-        model = add_attn_(copy.deepcopy(plain), "eca", attn_where=keeping(plain), attn_init="identity")
+        sites = {where: tuple(plan_attn(plain, attn_where=where)) for where in {keeping(plain), "add"}}
         x = image(name)
-        with torch.no_grad():
-            assert torch.equal(model.eval()(x), plain(x))
+        for where in {sites[where]: where for where in sites}.values():  # each once where they are the same
+            model = add_attn_(copy.deepcopy(plain), "eca", attn_where=where, attn_init="identity")
+            with torch.no_grad():
+                assert torch.equal(model.eval()(x), plain(x))
 
     def test_gradient_in_every_attention_weight(self, name):
         model = enliven_(with_attn(create(name)))

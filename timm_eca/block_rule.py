@@ -20,6 +20,7 @@ class BlockRule(NamedTuple):
         nhwc: Whether the tensor is (B, H, W, C).
         when: Attribute of the block that must be true for the row to hold; of a child's rows the first that holds
             counts.
+        where: Placements in which the row holds.
         family: timm's module in whose models alone the row holds.
         child: Name of the layer where it has no slot. Blocks with two branches have rows for two children.
     """
@@ -33,4 +34,5 @@ class BlockRule(NamedTuple):
     nhwc: bool = False
     when: str | None = None
     child: str = "attn_last"
+    where: tuple[str, ...] = ("auto", "end", "add")
     family: str | None = None

@@ -27,6 +27,7 @@ def _cell(part: str, parts: int) -> tuple[BlockRule]:
     return (_rule("{x_out}", *([part] * parts), scale=()),)
 
 
+_UNFUSED = ("end", "add")  # timm fuses branch and skip into one convolution; with a layer between it cannot
 _MBCONV = "{self.bn3(x)}"
 _XCEPTION = "self._residual({self.stack(x)}, x) | forward_with_tap: self._residual({m(x_tap)}, x)"
 _INCEPTION_V3 = "{torch.cat(outputs, 1)}"
@@ -150,15 +151,33 @@ BLOCKS: dict[str, tuple[BlockRule, ...]] = {
     "convmixer:Residual": (_rule("{self.fn(x)}", "fn.2"),),
     "mambaout:GatedConvBlock": (_rule("{self.fc2(self.act(g) * torch.cat((i, c), dim=-1))}", "fc2", nhwc=True),),
     "csatv2:Block": (_rule("self.ls({x})", "pwconv2", scale=()),),
+    "csatv2:PosConv": (_rule("{self.proj(cnn_feat)}", "proj"),),
     "edgenext:ConvBlock": (_rule("{self.mlp(x)}", "mlp.fc2", nhwc=True),),
     "efficientformer:MetaBlock2d": (_rule("{self.mlp(x)}", "mlp.norm2"),),
     "efficientformer_v2:EfficientFormerV2Block": (_rule("{self.mlp(x)}", "mlp.fc2.bn"),),
     "fastvit:RepMixerBlock": (_rule("{self.mlp(x)}", "mlp.fc2"),),
-    "efficientvim:EfficientViMBlock": (_rule("{self.ffn(x)} - x", "ffn.fc2.norm"),),
+    "fastvit:RepMixer": (
+        _rule("{self.mixer(x) - self.norm(x)}", "norm.identity", scale=(), when="norm.identity", where=_UNFUSED),
+    ),
+    "efficientvim:EfficientViMBlock": (
+        _rule("{self.dwconv1(x)} - x", "dwconv1.norm", child="attn_dwconv1", where=_UNFUSED),
+        _rule("{self.dwconv2(x)} - x", "dwconv2.norm", child="attn_dwconv2", where=_UNFUSED),
+        _rule("{self.ffn(x)} - x", "ffn.fc2.norm"),
+    ),
+    "efficientvim:PatchMerging": (
+        _rule("x + {self.dwconv1(x)}", "dwconv1.norm", child="attn_dwconv1", where=_UNFUSED),
+        _rule("x + {self.dwconv2(x)}", "dwconv2.norm", child="attn_dwconv2", where=_UNFUSED),
+    ),
+    "maxxvit:TransformerBlock2d": (_rule("{self.mlp(self.norm2(x))}", "mlp.fc2"),),
     "nextvit:NextConvBlock": (
         _rule("{self.mhca(x)}", "mhca.projection", child="attn_mixer"),
         _rule("{self.mlp(out)}", "mlp.fc2"),
     ),
+    "nextvit:NextTransformerBlock": (
+        _rule("{self.mhca(out)}", "mhca.projection", child="attn_mixer"),
+        _rule("{self.mlp(out)}", "mlp.fc2"),
+    ),
+    "swiftformer:Block": (_rule("{self.linear(x)}", "linear.fc2"),),
     "swiftformer:ConvEncoder": (_rule("{self.pwconv2(x)}", "pwconv2"),),
     "swiftformer:LocalRepresentation": (_rule("{self.pwconv2(x)}", "pwconv2"),),
     "visformer:Block": (_rule("{self.mlp(self.norm2(x))}", "mlp.conv3"),),
@@ -173,6 +192,7 @@ BLOCKS: dict[str, tuple[BlockRule, ...]] = {
     ),
     # Blocks of other networks with residuals
     "repvit:RepViTBlock": (_rule("{self.channel_mixer(x)}", "channel_mixer.conv2.bn", se=("se",)),),
+    "repvit:RepVggDw": (_rule("{self.conv(x) + self.conv1(x)}", "conv.bn", scale=(), where=_UNFUSED),),
     "repvit:RepVitDownsample": (_rule("{self.ffn(x)}", "ffn.conv2.bn"),),
     "hgnet:HighPerfGpuBlock": (
         _rule("{self.aggregation(x)}", "aggregation.1.bn", se=(), when="aggregation.1.bn"),
@@ -199,9 +219,11 @@ BLOCKS: dict[str, tuple[BlockRule, ...]] = {
     ),
     "lowformer:ResidualBlock": (
         _rule("{self.main(x)}", "main.point_conv.conv", scale=("main.point_conv.norm",), when="main.point_conv"),
+        _rule("{self.main(x)}", "main.-2", when="main.-2.out_channels"),  # an MLP, then dropout
     ),
     "cpubone:ResidualBlock": (
         _rule("{self.main(x)}", "main.point_conv.conv", scale=("main.point_conv.norm",), when="main.point_conv"),
+        _rule("{self.main(x)}", "main.-2", when="main.-2.out_channels"),  # an MLP, then dropout
     ),
     "efficientvit_msra:ResidualDrop": (
         _rule("{self.m(x)}", "m.bn", when="m.bn"),

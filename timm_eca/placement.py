@@ -36,6 +36,7 @@ def find_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) -> lis
     """
     where = "end" if spec.attn_where == "stage" else spec.attn_where
     sites = [site for path, module in model.named_modules() for site in _block_sites(model, path, module, where)]
+    sites = [site for site in sites if site.channels > 1]  # one channel has no others to be weighed against
     if not sites:
         name = name or (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "this model"
         raise ValueError(
@@ -70,12 +71,14 @@ def _check_stages(spec: AttnSpec, sites: list[Site]) -> None:
         )
 
 
-def rules_of(model: nn.Module, block: nn.Module) -> list[BlockRule]:
-    """Return the rows that hold for a block: for each of its children the first."""
+def rules_of(model: nn.Module, block: nn.Module, where: str) -> list[BlockRule]:
+    """Return the rows that hold for a block under a placement: for each of its children the first."""
     family = family_of(model)
     held: dict[str, BlockRule] = {}
     for rule in BLOCKS.get(rule_key(type(block)), ()):
-        if rule.family in (None, family) and (rule.when is None or _truth(lookup(block, rule.when))):
+        if where not in rule.where or rule.family not in (None, family):
+            continue
+        if rule.when is None or _truth(lookup(block, rule.when)):
             held.setdefault(rule.child, rule)
     return list(held.values())
 
@@ -85,7 +88,7 @@ def _truth(value: object) -> bool:
 
 
 def _block_sites(model: nn.Module, path: str, block: nn.Module, where: str) -> Iterator[Site]:
-    for rule in rules_of(model, block):
+    for rule in rules_of(model, block, where):
         stage = stage_number(model, path)
         inner = [name for name in rule.se if _occupied(block, name)]
         if inner and where == "auto":
