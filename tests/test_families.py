@@ -3,18 +3,20 @@
 import copy
 import io
 import json
+import sys
+import types
 
 import pytest
 import timm
 import timm.layers
 import timm.utils
 import torch
-from timm.models import group_parameters, reparameterize_model
+from timm.models import _registry, group_parameters, reparameterize_model
 from torch import nn
 
 from additions import Recorder
 from family_names import NAMES, create, enliven_, image, keeping, new, small, with_attn
-from timm_eca import EcaLayer, add_attn_, attn_modules, plan_attn
+from timm_eca import EcaLayer, add_attn_, attn_modules, plan_attn, timm_hooks
 from timm_eca.blocks import BLOCKS
 from timm_eca.coverage import coverage_of, timm_names
 from timm_eca.families import FAMILIES, TRANSFORMERS
@@ -29,12 +31,37 @@ OTHER_CONVOLUTIONS = {
 }
 
 
+def modules_of_timm():
+    return {timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in timm_names()}
+
+
 class TestTable:
     def test_every_module_is_known(self):
         """A release of timm that brings a module fails here by its name."""
-        modules = {timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in timm_names()}
-        assert modules == FAMILIES | TRANSFORMERS
+        assert modules_of_timm() - (FAMILIES | TRANSFORMERS) == set()
+        assert (FAMILIES | TRANSFORMERS) - modules_of_timm() == set()
         assert not FAMILIES & TRANSFORMERS
+
+    def test_a_new_module_is_seen(self):
+        class Newnet(nn.Sequential):
+            def __init__(self, num_classes=1000, in_chans=3, **kwargs):
+                super().__init__(nn.Conv2d(in_chans, num_classes, 3))
+
+        def newnet_small(pretrained=False, **kwargs):
+            return timm.models.build_model_with_cfg(Newnet, "newnet_small", pretrained, **kwargs)
+
+        newnet_small.__module__ = "timm.models.newnet"
+        sys.modules["timm.models.newnet"] = types.ModuleType("timm.models.newnet")
+        try:
+            timm.models.register_model(newnet_small)
+            assert modules_of_timm() - (FAMILIES | TRANSFORMERS) == {"newnet"}
+            with pytest.raises(ValueError, match="newnet_small has no place for channel attention: Newnet"):
+                timm.create_model("newnet_small", attn_layer="eca")
+        finally:
+            timm_hooks._unregister("newnet_small")
+            _registry._module_to_models.pop("newnet", None)
+            del sys.modules["timm.models.newnet"]
+        assert not modules_of_timm() - (FAMILIES | TRANSFORMERS)
 
     def test_every_module_has_a_name_here(self):
         here = {timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in NAMES}

@@ -182,6 +182,8 @@ def _stale(model: nn.Module, site: Site, layer: nn.Module) -> list[tuple[str, to
 
 def _empty_slots(model: nn.Module, spec: AttnSpec, sites: list[Site]) -> tuple[str, ...]:
     """Return the places that attn_stages leaves empty."""
+    if spec.attn_stages is None:
+        return ()
     everywhere = find_sites(model, replace(spec, attn_kwargs=None, attn_stages=None))
     used = {site.path for site in sites}
     return tuple(site.path for site in everywhere if site.replaces is None and site.path not in used)

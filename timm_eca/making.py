@@ -1,20 +1,29 @@
 """One layer made from a spec, and what its weights are called."""
 
+import functools
 import inspect
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .layers.registry import get_attn
+from .layers.registry import AttnLayer, get_attn
 from .spec import AttnSpec
 
 __all__ = ["build_layer", "check_layer_args", "shapes_of"]
 
 
+def _signature(layer: AttnLayer) -> inspect.Signature:
+    return _known_signature(layer) if isinstance(layer, Hashable) else inspect.signature(layer)
+
+
+_known_signature = functools.lru_cache(inspect.signature)  # slow, and asked for each layer of a model
+
+
 def check_layer_args(spec: AttnSpec, channels: int, kwargs: dict[str, Any]) -> None:
     """Raise ValueError if a layer does not take the arguments."""
-    signature = inspect.signature(get_attn(spec.attn_layer))
+    signature = _signature(get_attn(spec.attn_layer))
     try:
         signature.bind(channels, **kwargs)
     except TypeError as error:
@@ -33,7 +42,7 @@ def build_layer(spec: AttnSpec, channels: int, kwargs: dict[str, Any], device: A
     check_layer_args(spec, channels, kwargs)
     factory = get_attn(spec.attn_layer)
     placed = {name: value for name, value in {"device": device, "dtype": dtype}.items() if value is not None}
-    known = inspect.signature(factory).parameters
+    known = _signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     layer = factory(channels, **{k: v for k, v in placed.items() if takes_any or k in known} | kwargs)
     if not isinstance(layer, nn.Module):
