@@ -1,8 +1,8 @@
-"""The form of a row in the table of blocks."""
+"""The form of a row in the table of blocks, and how rows of one kind are written."""
 
 from typing import NamedTuple
 
-__all__ = ["BlockRule"]
+__all__ = ["BlockRule", "after_norm", "byob", "cell", "row"]
 
 
 class BlockRule(NamedTuple):
@@ -36,3 +36,22 @@ class BlockRule(NamedTuple):
     child: str = "attn_last"
     where: tuple[str, ...] = ("auto", "end", "add")
     family: str | None = None
+
+
+def row(gate: str, *width: str, **kwargs) -> BlockRule:
+    return BlockRule(gate, width, **kwargs)
+
+
+def after_norm(norm: str, variable: str, slot: str = "se") -> tuple[BlockRule]:
+    """A block with a slot after its last norm."""
+    gate = f"{{self.{norm}({variable})}}"
+    return (row(gate, norm, slot=slot, keep=f"{{self.{slot}({variable})}}"),)
+
+
+def byob(conv: str) -> tuple[BlockRule]:
+    return (row(f"{{self.{conv}(x)}}", f"{conv}.bn", slot="attn_last", se=("attn",), keep="{self.attn_last(x)}"),)
+
+
+def cell(part: str, parts: int) -> tuple[BlockRule]:
+    """A cell whose output concatenates parts of equal width."""
+    return (row("{x_out}", *([part] * parts), scale=()),)
