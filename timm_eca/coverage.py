@@ -105,14 +105,28 @@ def markdown(rows: Iterable[Coverage]) -> str:
         spread = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         where = "<br>".join(place.replace("|", "\\|") for place in places)
         lines.append(f"| {module} | {len(found)} | {len(counts)} | {spread} | {where} |")
-    lines += ["", *LEFT_ALONE, "", "## Refused", "", "| module | models | why |", "|---|---|---|"]
+    lines += ["", *NOTES, "", "## Refused", "", "| module | models | why |", "|---|---|---|"]
     for module, found in sorted(by_module.items()):
         for names, why in _refusals(found):
             lines.append(f"| {module} | {names} | {why} |")
     return "\n".join(lines) + "\n"
 
 
-LEFT_ALONE = (
+NOTES = (
+    "## One layer a stage",
+    "",
+    "Under `attn_where='stage'` the layer gates what timm's `features_only` gives for each stage after the stem: the"
+    " output of the module that `feature_info` names. Where that is no stage's output:",
+    "",
+    "- features taken inside a block (Xception, NASNet, PNASNet) or before a pooling (VGG): the output of the block or"
+    " pooling before, from which they are computed;",
+    "- DenseNet: the dense block, also before the last norm; HRNet: each `incre_modules` branch; EfficientViM: the last"
+    " block, before the next stage's downsampling;",
+    "- EfficientFormer's last stage gives tokens, which the layer gets as a column of pixels;",
+    "- transformers behind a convolutional stem (vitamin, vision_transformer_hybrid): the stages of the stem.",
+    "",
+    "HRNet's features without its head (`feature_location=''`) have no such modules and are refused.",
+    "",
     "## Left alone",
     "",
     "Residual additions that no layer comes before, under `attn_where='end'` too:",
