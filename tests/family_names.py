@@ -103,6 +103,7 @@ NAMES = {
     "iformer_t": 64,
     "focalnet_tiny_srf": 64,
     "davit_tiny": 64,
+    "levit_conv_128s": 224,
     "densenet121": 64,
     "rdnet_tiny": 64,
     "inception_v3": 96,

@@ -65,7 +65,7 @@ class TestTable:
 
     def test_every_module_has_a_name_here(self):
         here = {timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in NAMES}
-        assert here == FAMILIES
+        assert here - {"levit"} == FAMILIES  # only some variants of which are convolutional
 
     def test_every_row_is_in_use(self):
         """Each row of the table is the row of some block of the models here, and each of their kinds of block."""

@@ -222,6 +222,8 @@ BLOCKS: dict[str, tuple[BlockRule, ...]] = {
         row("{self.norm2_post(self.mlp(self.norm2(x)))}", "mlp.fc2"),
     ),
     "davit:ConvPosEnc": (row("{self.proj(x)}", "proj"),),
+    "levit:LevitBlock": (row("{self.mlp(x)}", "mlp.ln2.bn", when="mlp.ln2.linear.kernel_size"),),
+    "levit:LevitDownsample": (row("{self.mlp(x)}", "mlp.ln2.bn", when="mlp.ln2.linear.kernel_size"),),
     # Networks without residual additions, or with cells that are graphs: one layer per block
     "pooling:MaxPool2d": (row("{input}", "<", scale=(), family="vgg"),),
     "selecsls:SelecSlsBlock": (

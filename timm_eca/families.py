@@ -24,4 +24,4 @@ TRANSFORMERS = frozenset((
     "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam", "volo", "xcit",
 ))
 # fmt: on
-"""timm's modules of transformers and MLPs, without a two-dimensional convolutional block."""
+"""timm's modules of transformers and MLPs. Of levit and vision_transformer_hybrid some variants are convolutional."""
