@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench hub-configs clean
+.PHONY: demo test test-all lint bench hub-configs clean
 
 demo: $(VENV)/.with-demo
 	$(BIN)/timm-eca demo $(ARGS)
 
 test: $(VENV)/.with-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.with-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' $(ARGS)
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .

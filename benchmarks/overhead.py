@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+MODELS = ("resnet50", "convnext_tiny", "mobilenetv2_100")  # a slot of the block; forwards made for the layer
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to write (default: %(default)s)")
     args = parser.parse_args()
     results = {
-        "create_model_ratio": create_model_ratio(args.rounds),
+        "create_model_ratio": {name: create_model_ratio(name, args.rounds) for name in MODELS},
         "import_seconds_added": import_seconds_added(args.imports),
         "environment": environment(),
     }
@@ -34,14 +35,14 @@ def main() -> None:
     print(json.dumps(results, indent=2))
 
 
-def create_model_ratio(rounds: int) -> dict[str, float]:
-    """Time of `create_model('resnet50', attn_layer='eca')` over that of `create_model('resnet50')`."""
+def create_model_ratio(name: str, rounds: int) -> dict[str, float]:
+    """Time of `create_model(name, attn_layer='eca')` over that of `create_model(name)`."""
     import timm
 
     import timm_eca  # noqa: F401
 
     def seconds(**kwargs: str) -> float:
-        return timed(lambda: timm.create_model("resnet50", **kwargs))
+        return timed(lambda: timm.create_model(name, **kwargs))
 
     seconds(), seconds(attn_layer="eca")  # warm up
     ratios = []

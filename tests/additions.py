@@ -20,6 +20,7 @@ WEIGHTED = {
     "_native_multi_head_attention",
     "scaled_dot_product_attention",
 }
+SELF_ATTENTION = {"softmax", "scaled_dot_product_attention", "_native_multi_head_attention", "matmul", "__matmul__"}
 ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
 
@@ -33,10 +34,22 @@ class Trace:
 
 @dataclass
 class Addition:
-    """One residual addition: the classes of the modules it happens in, outermost first, and the branch's state."""
+    """One residual addition.
+
+    Attributes:
+        modules: Classes of the modules it happens in, outermost first.
+        gated: Whether the branch has passed through attention after its last weighted operation.
+        functions: What the branch was made by, from where it left the skip.
+    """
 
     modules: tuple[str, ...]
     gated: bool
+    functions: frozenset[str]
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether the branch has a convolution, and is no self-attention."""
+        return "conv2d" in self.functions and not self.functions & SELF_ATTENTION
 
 
 @dataclass
@@ -48,6 +61,7 @@ class Recorder(TorchFunctionMode):
     traces: dict[int, Trace] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
     kept: list[torch.Tensor] = field(default_factory=list)
+    makers: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__init__()
@@ -76,6 +90,7 @@ class Recorder(TorchFunctionMode):
             if isinstance(output, torch.Tensor):
                 self.kept.append(output)  # so that no id is used twice
                 self.traces[id(output)] = self._after(name, operands, before)
+                self.makers.setdefault(id(output), name)
         return result
 
     def _after(self, name, operands, before) -> Trace:
@@ -88,7 +103,9 @@ class Recorder(TorchFunctionMode):
             return
         for skip, branch in ((a, b), (b, a)):
             if id(skip) in self.trace(branch).ancestors:
-                self.additions.append(Addition(tuple(self.stack), self.trace(branch).gated))
+                made = (self.trace(branch).ancestors | {id(branch)}) - self.trace(skip).ancestors - {id(skip)}
+                functions = frozenset(self.makers[i] for i in made if i in self.makers)
+                self.additions.append(Addition(tuple(self.stack), self.trace(branch).gated, functions))
 
 
 def _flat(value):

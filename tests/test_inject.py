@@ -129,8 +129,7 @@ class TestPlacement:
 
     @pytest.mark.parametrize("name", TIMM_ATTNS)
     def test_timms_layers(self, name):
-        # timm 1.0.31's GatherExcite cannot be constructed with its MLP; BatNonLocalAttn needs maps of whole blocks.
-        kwargs = {"ge": {"use_mlp": False}, "bat": {"block_size": 1}}.get(name)
+        kwargs = {"bat": {"block_size": 1}}.get(name)  # it needs maps of whole blocks
         model = timm.create_model("resnet18", attn_layer=name, attn_kwargs=kwargs)
         assert model(torch.randn(2, 3, 128, 128)).shape == (2, 1000)
 

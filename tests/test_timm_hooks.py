@@ -127,6 +127,23 @@ class TestOwnMeaning:
         model = timm.create_model(name, attn_layer="eca", attn_where="end", attn_stages=(3,), device="meta")
         assert {site.stage for site in model.attn_sites} == {3}
 
+    @pytest.mark.parametrize("name", ["resnet51q", "gernet_s", "nf_resnet26"])
+    def test_a_built_model_has_no_auto_there(self, name):
+        """What is saved as 'auto' would be rebuilt by the constructor, with the layer in another place."""
+        model = timm.create_model(name, device="meta")
+        for function in (timm_eca.plan_attn, timm_eca.add_attn_):
+            with pytest.raises(ValueError, match="attn_where='auto' leaves the place to the constructor of"):
+                function(model, "eca")
+        added = timm_eca.add_attn_(model, "eca", attn_where="add")
+        created = timm.create_model(
+            name, device="meta", **{k: v for k, v in added._model_args.items() if k != "device"}
+        )
+        assert list(created.state_dict()) == list(added.state_dict())
+
+    def test_unfit_arguments_where_timm_places_it(self):
+        with pytest.raises(ValueError, match=r"kernel_sise.*It takes kernel_size"):
+            timm.create_model("gernet_s", attn_layer="eca", attn_kwargs={"kernel_sise": 3}, device="meta")
+
     def test_plain_and_complete_checkpoints_where_timm_places_it(self):
         plain = timm.create_model("seresnext26ts")
         weights = {"state_dict": dict(plain.state_dict())}
@@ -160,11 +177,6 @@ class TestRefusals:
     def test_unknown_layer(self):
         with pytest.raises(ValueError, match=r"Unknown attention layer 'eac'.*Did you mean .*'eca'"):
             timm.create_model("resnet18", attn_layer="eac")
-
-    def test_width_dependent_layer_in_a_pruned_model(self):
-        timm.create_model("ecaresnet50d_pruned", attn_layer="eca", device="meta")
-        with pytest.raises(ValueError, match=r"ecaresnet50d_pruned is pruned: it takes 'eca'.*got 'se'"):
-            timm.create_model("ecaresnet50d_pruned", attn_layer="se", device="meta")
 
     def test_none_is_no_attention(self):
         model = timm.models.resnet18(attn_layer=None, attn_kwargs=None, device="meta")

@@ -12,7 +12,7 @@ from . import checkout  # noqa: F401  first: it sees to it that the installed ti
 from .fused import fuse_, unfuse_
 from .inject import add_attn_, attn_modules, attn_sites, plan_attn
 from .layers import EcaLayer, adaptive_kernel_size, get_attn, list_attns, register_attn
-from .placement import Site
+from .sites import Site
 from .spec import AttnSpec
 from .timm_hooks import install, installed, uninstall
 

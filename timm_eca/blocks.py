@@ -3,98 +3,50 @@
 A row reads: in `module:Class`, the tensor that `gate` has in braces ends the branch, as wide as the output of `width`.
 """
 
-from typing import NamedTuple
+from .block_rule import BlockRule, after_norm, byob, cell, row
 
-__all__ = ["BLOCKS", "FAMILIES", "NO_STAGE_OUTPUT", "STAGE_NUMBERS", "TRANSFORMERS", "BlockRule"]
-
-
-class BlockRule(NamedTuple):
-    """Where a block's branch ends. Paths are relative to the block.
-
-    Attributes:
-        gate: Expression of the block's forward, braces around the tensor that ends the branch.
-        width: Modules whose output channels, summed, are that tensor's; `<` is the last convolution before the block.
-        scale: What scales that tensor linearly: paths of modules (their weight and bias) or of tensors; after a `/`
-            what must shrink by the same factor. Modules that a block lacks are skipped; None: the modules of `width`;
-            nothing where no weights do, or where they would scale more than that tensor.
-        slot: Attribute that forward calls on that tensor anyway, empty in a plain block.
-        se: Attributes that may hold squeeze-and-excitation inside the branch.
-        keep: Expression of forward for a layer that follows what the slot holds.
-        nhwc: Whether the tensor is (B, H, W, C).
-        when: Attribute of the block that must be true for the row to hold; of a child's rows the first that holds
-            counts.
-        family: timm's module in whose models alone the row holds.
-        child: Name of the layer where it has no slot. Blocks with two branches have rows for two children.
-    """
-
-    gate: str
-    width: tuple[str, ...]
-    scale: tuple[str, ...] | None = None
-    slot: str | None = None
-    se: tuple[str, ...] = ()
-    keep: str | None = None
-    nhwc: bool = False
-    when: str | None = None
-    child: str = "attn_last"
-    family: str | None = None
+__all__ = ["BLOCKS"]
 
 
-def _rule(gate: str, *width: str, **kwargs) -> BlockRule:
-    return BlockRule(gate, width, **kwargs)
-
-
-def _resnet(norm: str, variable: str, slot: str = "se") -> tuple[BlockRule]:
-    """A block with a slot after its last norm."""
-    gate = f"{{self.{norm}({variable})}}"
-    return (_rule(gate, norm, slot=slot, keep=f"{{self.{slot}({variable})}}"),)
-
-
-def _byob(conv: str) -> tuple[BlockRule]:
-    return (_rule(f"{{self.{conv}(x)}}", f"{conv}.bn", slot="attn_last", se=("attn",), keep="{self.attn_last(x)}"),)
-
-
-def _cell(part: str, parts: int) -> tuple[BlockRule]:
-    """A cell whose output concatenates parts of equal width."""
-    return (_rule("{x_out}", *([part] * parts), scale=()),)
-
-
+_UNFUSED = ("end", "add")  # timm fuses branch and skip into one convolution; with a layer between it cannot
 _MBCONV = "{self.bn3(x)}"
+_XCEPTION = "self._residual({self.stack(x)}, x) | forward_with_tap: self._residual({m(x_tap)}, x)"
 _INCEPTION_V3 = "{torch.cat(outputs, 1)}"
 
 BLOCKS: dict[str, tuple[BlockRule, ...]] = {
     # ResNets and their kin
-    "resnet:BasicBlock": _resnet("bn2", "x"),
-    "resnet:Bottleneck": _resnet("bn3", "x"),
-    "res2net:Bottle2neck": _resnet("bn3", "out"),
-    "resnest:ResNestBottleneck": (_rule("{self.bn3(out)}", "bn3"),),
-    "sknet:SelectiveKernelBasic": (_rule("{self.conv2(x)}", "conv2.bn", slot="se", keep="{self.se(x)}"),),
-    "sknet:SelectiveKernelBottleneck": (_rule("{self.conv3(x)}", "conv3.bn", slot="se", keep="{self.se(x)}"),),
-    "senet:SEBottleneck": _resnet("bn3", "out", "se_module"),
-    "senet:SEResNetBottleneck": _resnet("bn3", "out", "se_module"),
-    "senet:SEResNeXtBottleneck": _resnet("bn3", "out", "se_module"),
-    "senet:SEResNetBlock": _resnet("bn2", "out", "se_module"),
-    "tresnet:BasicBlock": (_rule("{self.conv2(out)}", "conv2.bn", slot="se", keep="{self.se(out)}"),),
-    "tresnet:Bottleneck": (_rule("{self.conv3(out)}", "conv3.bn", se=("se",)),),
-    "resnetv2:PreActBasic": (_rule("{self.conv2(self.norm2(x))}", "conv2", scale=("norm2",)),),
-    "resnetv2:PreActBottleneck": (_rule("{self.conv3(self.norm3(x))}", "conv3", scale=("norm3",)),),
-    "resnetv2:Bottleneck": (_rule("{self.norm3(x)}", "norm3"),),
+    "resnet:BasicBlock": after_norm("bn2", "x"),
+    "resnet:Bottleneck": after_norm("bn3", "x"),
+    "res2net:Bottle2neck": after_norm("bn3", "out"),
+    "resnest:ResNestBottleneck": (row("{self.bn3(out)}", "bn3"),),
+    "sknet:SelectiveKernelBasic": (row("{self.conv2(x)}", "conv2.bn", slot="se", keep="{self.se(x)}"),),
+    "sknet:SelectiveKernelBottleneck": (row("{self.conv3(x)}", "conv3.bn", slot="se", keep="{self.se(x)}"),),
+    "senet:SEBottleneck": after_norm("bn3", "out", "se_module"),
+    "senet:SEResNetBottleneck": after_norm("bn3", "out", "se_module"),
+    "senet:SEResNeXtBottleneck": after_norm("bn3", "out", "se_module"),
+    "senet:SEResNetBlock": after_norm("bn2", "out", "se_module"),
+    "tresnet:BasicBlock": (row("{self.conv2(out)}", "conv2.bn", slot="se", keep="{self.se(out)}"),),
+    "tresnet:Bottleneck": (row("{self.conv3(out)}", "conv3.bn", se=("se",)),),
+    "resnetv2:PreActBasic": (row("{self.conv2(self.norm2(x))}", "conv2", scale=("norm2",)),),
+    "resnetv2:PreActBottleneck": (row("{self.conv3(self.norm3(x))}", "conv3", scale=("norm3",)),),
+    "resnetv2:Bottleneck": (row("{self.norm3(x)}", "norm3"),),
     "nfnet:NormFreeBlock": (
-        _rule(
+        row(
             "{self.conv3(self.act3(out))}",
             "conv3",
             scale=("conv3.gain", "conv3.bias"),
             se=("attn", "attn_last"),
         ),
     ),
-    "regnet:Bottleneck": (_rule("{self.conv3(x)}", "conv3.bn", se=("se",)),),
-    "regnet:PreBottleneck": (_rule("{self.conv3(x)}", "conv3", se=("se",)),),
-    "byobnet:BasicBlock": _byob("conv2_kxk"),
-    "byobnet:BottleneckBlock": _byob("conv3_1x1"),
-    "byobnet:DarkBlock": _byob("conv2_kxk"),
-    "byobnet:EdgeBlock": _byob("conv2_1x1"),
-    "byobnet:SelfAttnBlock": (_rule("{self.conv3_1x1(x)}", "conv3_1x1.bn"),),
+    "regnet:Bottleneck": (row("{self.conv3(x)}", "conv3.bn", se=("se",)),),
+    "regnet:PreBottleneck": (row("{self.conv3(x)}", "conv3", se=("se",)),),
+    "byobnet:BasicBlock": byob("conv2_kxk"),
+    "byobnet:BottleneckBlock": byob("conv3_1x1"),
+    "byobnet:DarkBlock": byob("conv2_kxk"),
+    "byobnet:EdgeBlock": byob("conv2_1x1"),
+    "byobnet:SelfAttnBlock": (row("{self.conv3_1x1(x)}", "conv3_1x1.bn"),),
     "byobnet:RepVggBlock": (
-        _rule(
+        row(
             "{self.reparam_conv(x)}",
             "conv_1x1.bn",
             scale=("conv_1x1.bn", "conv_kxk.bn", "identity", "reparam_conv"),
@@ -103,7 +55,7 @@ BLOCKS: dict[str, tuple[BlockRule, ...]] = {
         ),
     ),
     "byobnet:MobileOneBlock": (
-        _rule(
+        row(
             "{self.reparam_conv(x)}",
             "conv_kxk.0.bn",
             scale=("conv_kxk.*.bn", "conv_scale.bn", "identity", "reparam_conv"),
@@ -112,32 +64,32 @@ BLOCKS: dict[str, tuple[BlockRule, ...]] = {
         ),
     ),
     "cspnet:BottleneckBlock": (
-        _rule("{self.conv3(x)}", "conv3.bn", slot="attn3", se=("attn2",), keep="{self.attn3(x)}"),
+        row("{self.conv3(x)}", "conv3.bn", slot="attn3", se=("attn2",), keep="{self.attn3(x)}"),
     ),
-    "cspnet:DarkBlock": (_rule("{self.conv2(x)}", "conv2.bn", se=("attn",)),),
-    "cspnet:EdgeBlock": (_rule("{self.conv2(x)}", "conv2.bn", se=("attn",)),),
-    "cspnext:CspNextBlock": (_rule("{self.conv2(self.conv1(x))}", "conv2.pointwise_conv.bn"),),
-    "dla:DlaBasic": (_rule("{self.bn2(out)}", "bn2"),),
-    "dla:DlaBottleneck": (_rule("{self.bn3(out)}", "bn3"),),
-    "dla:DlaBottle2neck": (_rule("{self.bn3(out)}", "bn3"),),
-    "dla:DlaRoot": (_rule("{self.bn(x)}", "bn", when="shortcut"),),
+    "cspnet:DarkBlock": (row("{self.conv2(x)}", "conv2.bn", se=("attn",)),),
+    "cspnet:EdgeBlock": (row("{self.conv2(x)}", "conv2.bn", se=("attn",)),),
+    "cspnext:CspNextBlock": (row("{self.conv2(self.conv1(x))}", "conv2.pointwise_conv.bn"),),
+    "dla:DlaBasic": (row("{self.bn2(out)}", "bn2"),),
+    "dla:DlaBottleneck": (row("{self.bn3(out)}", "bn3"),),
+    "dla:DlaBottle2neck": (row("{self.bn3(out)}", "bn3"),),
+    "dla:DlaRoot": (row("{self.bn(x)}", "bn", when="shortcut"),),
     "dpn:DualPathBlock": (
-        _rule("{self.c1x1_c1(x)}", "c1x1_c1", when="c1x1_c1"),
-        _rule("{self.c1x1_c(x)}", "c1x1_c.conv"),
+        row("{self.c1x1_c1(x)}", "c1x1_c1", when="c1x1_c1"),
+        row("{self.c1x1_c(x)}", "c1x1_c.conv"),
     ),
     # EfficientNets and other inverted residuals
-    "_efficientnet_blocks:DepthwiseSeparableConv": (_rule("{self.bn2(x)}", "bn2", se=("se",)),),
-    "_efficientnet_blocks:InvertedResidual": (_rule(_MBCONV, "bn3", se=("se",)),),
-    "_efficientnet_blocks:CondConvResidual": (_rule(_MBCONV, "bn3", se=("se",)),),
-    "_efficientnet_blocks:EdgeResidual": (_rule("{self.bn2(x)}", "bn2", se=("se",)),),
-    "_efficientnet_blocks:ConvBnAct": (_rule("{self.aa(x)}", "bn1", when="has_skip"),),
+    "_efficientnet_blocks:DepthwiseSeparableConv": (row("{self.bn2(x)}", "bn2", se=("se",)),),
+    "_efficientnet_blocks:InvertedResidual": (row(_MBCONV, "bn3", se=("se",)),),
+    "_efficientnet_blocks:CondConvResidual": (row(_MBCONV, "bn3", se=("se",)),),
+    "_efficientnet_blocks:EdgeResidual": (row("{self.bn2(x)}", "bn2", se=("se",)),),
+    "_efficientnet_blocks:ConvBnAct": (row("{self.aa(x)}", "bn1", when="has_skip"),),
     "_efficientnet_blocks:UniversalInvertedResidual": (
-        _rule("{self.dw_end(x)}", "dw_end.bn", se=("se",), when="dw_end.bn"),
-        _rule("{self.dw_end(x)}", "pw_proj.bn", se=("se",)),
+        row("{self.dw_end(x)}", "dw_end.bn", se=("se",), when="dw_end.bn"),
+        row("{self.dw_end(x)}", "pw_proj.bn", se=("se",)),
     ),
-    "_efficientnet_blocks:MobileAttention": (_rule("{self.attn(x)}", "attn.output.proj"),),
+    "_efficientnet_blocks:MobileAttention": (row("{self.attn(x)}", "attn.output.proj"),),
     "ghostnet:GhostBottleneck": (
-        _rule(
+        row(
             "{self.ghost2(x)}",
             "ghost2.primary_conv.1",
             "ghost2.cheap_operation.1",
@@ -146,141 +98,164 @@ BLOCKS: dict[str, tuple[BlockRule, ...]] = {
         ),
     ),
     "ghostnet:GhostBottleneckV3": (
-        _rule("{self.ghost2(x)}", "ghost2.cheap_rpr_skip", "ghost2.cheap_rpr_skip", scale=(), se=("se",)),
+        row("{self.ghost2(x)}", "ghost2.cheap_rpr_skip", "ghost2.cheap_rpr_skip", scale=(), se=("se",)),
     ),
     "repghost:RepGhostBottleneck": (
-        _rule(
+        row(
             "{self.ghost2(x)}",
             "ghost2.primary_conv.1",
             scale=("ghost2.cheap_operation.1", "ghost2.fusion_bn.*"),
             se=("se",),
         ),
     ),
-    "rexnet:LinearBottleneck": (_rule("{self.conv_pwl(x)}", "conv_pwl.bn", se=("se",)),),
+    "rexnet:LinearBottleneck": (row("{self.conv_pwl(x)}", "conv_pwl.bn", se=("se",)),),
     "lcnetv2:RepDepthwiseSeparable": (
-        _rule("{self.pw_conv(x)}", "pw_conv.bn", se=("se",), when="pw_conv.bn"),
-        _rule("{self.pw_conv(x)}", "pw_conv.-1.bn", se=("se",)),
+        row("{self.pw_conv(x)}", "pw_conv.bn", se=("se",), when="pw_conv.bn"),
+        row("{self.pw_conv(x)}", "pw_conv.-1.bn", se=("se",)),
     ),
-    "maxxvit:MbConvBlock": (_rule("{self.conv3_1x1(x)}", "conv3_1x1", se=("se", "se_early")),),
-    "gcvit:MbConvBlock": (_rule("{self.conv_pw(x)}", "conv_pw", se=("se",)),),
-    "vitamin:MbConvLNBlock": (_rule("{self.conv3_1x1(x)}", "conv3_1x1"),),
-    "tiny_vit:MBConv": (_rule("{self.conv3(x)}", "conv3.bn"),),
+    "maxxvit:MbConvBlock": (row("{self.conv3_1x1(x)}", "conv3_1x1", se=("se", "se_early")),),
+    "gcvit:MbConvBlock": (row("{self.conv_pw(x)}", "conv_pw", se=("se",)),),
+    "vitamin:MbConvLNBlock": (row("{self.conv3_1x1(x)}", "conv3_1x1"),),
+    "tiny_vit:MBConv": (row("{self.conv3(x)}", "conv3.bn"),),
     # ConvNeXts and other blocks that end in an MLP
     "convnext:ConvNeXtBlock": (
-        _rule("{self.mlp(x)}", "mlp.fc2", when="use_conv_mlp"),
-        _rule("{x.permute(0, 3, 1, 2)}", "mlp.fc2"),
+        row("{self.mlp(x)}", "mlp.fc2", when="use_conv_mlp"),
+        row("{x.permute(0, 3, 1, 2)}", "mlp.fc2"),
     ),
     "maxxvit:ConvNeXtBlock": (
-        _rule("{self.mlp(x)}", "mlp.fc2", when="use_conv_mlp"),
-        _rule("{self.mlp(x)}", "mlp.fc2", nhwc=True),
+        row("{self.mlp(x)}", "mlp.fc2", when="use_conv_mlp"),
+        row("{self.mlp(x)}", "mlp.fc2", nhwc=True),
     ),
-    "inception_next:MetaNeXtBlock": (_rule("{self.mlp(x)}", "mlp.fc2"),),
-    "fasternet:MLPBlock": (_rule("{self.mlp(x)}", "mlp.3"),),
-    "starnet:Block": (_rule("{self.dwconv2(self.g(x))}", "dwconv2.conv"),),
-    "convmixer:Residual": (_rule("{self.fn(x)}", "fn.2"),),
-    "mambaout:GatedConvBlock": (_rule("{self.fc2(self.act(g) * torch.cat((i, c), dim=-1))}", "fc2", nhwc=True),),
-    "csatv2:Block": (_rule("self.ls({x})", "pwconv2", scale=()),),
-    "edgenext:ConvBlock": (_rule("{self.mlp(x)}", "mlp.fc2", nhwc=True),),
-    "efficientformer:MetaBlock2d": (_rule("{self.mlp(x)}", "mlp.norm2"),),
-    "efficientformer_v2:EfficientFormerV2Block": (_rule("{self.mlp(x)}", "mlp.fc2.bn"),),
-    "fastvit:RepMixerBlock": (_rule("{self.mlp(x)}", "mlp.fc2"),),
-    "efficientvim:EfficientViMBlock": (_rule("{self.ffn(x)} - x", "ffn.fc2.norm"),),
+    "inception_next:MetaNeXtBlock": (row("{self.mlp(x)}", "mlp.fc2"),),
+    "fasternet:MLPBlock": (row("{self.mlp(x)}", "mlp.3"),),
+    "starnet:Block": (row("{self.dwconv2(self.g(x))}", "dwconv2.conv"),),
+    "convmixer:Residual": (row("{self.fn(x)}", "fn.2"),),
+    "mambaout:GatedConvBlock": (row("{self.fc2(self.act(g) * torch.cat((i, c), dim=-1))}", "fc2", nhwc=True),),
+    "csatv2:Block": (row("self.ls({x})", "pwconv2", scale=()),),
+    "csatv2:PosConv": (row("{self.proj(cnn_feat)}", "proj"),),
+    "edgenext:ConvBlock": (row("{self.mlp(x)}", "mlp.fc2", nhwc=True),),
+    "efficientformer:MetaBlock2d": (row("{self.mlp(x)}", "mlp.norm2"),),
+    "efficientformer_v2:EfficientFormerV2Block": (row("{self.mlp(x)}", "mlp.fc2.bn"),),
+    "fastvit:RepMixerBlock": (row("{self.mlp(x)}", "mlp.fc2"),),
+    "fastvit:RepMixer": (
+        row("{self.mixer(x) - self.norm(x)}", "norm.identity", scale=(), when="norm.identity", where=_UNFUSED),
+    ),
+    "efficientvim:EfficientViMBlock": (
+        row("{self.dwconv1(x)} - x", "dwconv1.norm", child="attn_dwconv1", where=_UNFUSED),
+        row("{self.dwconv2(x)} - x", "dwconv2.norm", child="attn_dwconv2", where=_UNFUSED),
+        row("{self.ffn(x)} - x", "ffn.fc2.norm"),
+    ),
+    "efficientvim:PatchMerging": (
+        row("x + {self.dwconv1(x)}", "dwconv1.norm", child="attn_dwconv1", where=_UNFUSED),
+        row("x + {self.dwconv2(x)}", "dwconv2.norm", child="attn_dwconv2", where=_UNFUSED),
+    ),
+    "maxxvit:TransformerBlock2d": (row("{self.mlp(self.norm2(x))}", "mlp.fc2"),),
     "nextvit:NextConvBlock": (
-        _rule("{self.mhca(x)}", "mhca.projection", child="attn_mixer"),
-        _rule("{self.mlp(out)}", "mlp.fc2"),
+        row("{self.mhca(x)}", "mhca.projection", child="attn_mixer"),
+        row("{self.mlp(out)}", "mlp.fc2"),
     ),
-    "swiftformer:ConvEncoder": (_rule("{self.pwconv2(x)}", "pwconv2"),),
-    "swiftformer:LocalRepresentation": (_rule("{self.pwconv2(x)}", "pwconv2"),),
-    "visformer:Block": (_rule("{self.mlp(self.norm2(x))}", "mlp.conv3"),),
+    "nextvit:NextTransformerBlock": (
+        row("{self.mhca(out)}", "mhca.projection", child="attn_mixer"),
+        row("{self.mlp(out)}", "mlp.fc2"),
+    ),
+    "swiftformer:Block": (row("{self.linear(x)}", "linear.fc2"),),
+    "swiftformer:ConvEncoder": (row("{self.pwconv2(x)}", "pwconv2"),),
+    "swiftformer:LocalRepresentation": (row("{self.pwconv2(x)}", "pwconv2"),),
+    "visformer:Block": (row("{self.mlp(self.norm2(x))}", "mlp.conv3"),),
     "metaformer:MetaFormerBlock": (
-        _rule(
+        row(
             "{self.token_mixer(self.norm1(x))}",
             "token_mixer.pwconv2",
             child="attn_mixer",
             when="token_mixer.pwconv2.kernel_size",
         ),
-        _rule("{self.mlp(self.norm2(x))}", "mlp.fc2", when="mlp.fc2.kernel_size"),
+        row("{self.mlp(self.norm2(x))}", "mlp.fc2", when="mlp.fc2.kernel_size"),
     ),
     # Blocks of other networks with residuals
-    "repvit:RepViTBlock": (_rule("{self.channel_mixer(x)}", "channel_mixer.conv2.bn", se=("se",)),),
-    "repvit:RepVitDownsample": (_rule("{self.ffn(x)}", "ffn.conv2.bn"),),
+    "repvit:RepViTBlock": (row("{self.channel_mixer(x)}", "channel_mixer.conv2.bn", se=("se",)),),
+    "repvit:RepVggDw": (row("{self.conv(x) + self.conv1(x)}", "conv.bn", scale=(), where=_UNFUSED),),
+    "repvit:RepVitDownsample": (row("{self.ffn(x)}", "ffn.conv2.bn"),),
     "hgnet:HighPerfGpuBlock": (
-        _rule("{self.aggregation(x)}", "aggregation.1.bn", se=(), when="aggregation.1.bn"),
-        _rule("{self.aggregation(x)}", "aggregation.0.bn", slot="aggregation.1", keep="{self.aggregation(x)}"),
+        row("{self.aggregation(x)}", "aggregation.1.bn", se=(), when="aggregation.1.bn"),
+        row("{self.aggregation(x)}", "aggregation.0.bn", slot="aggregation.1", keep="{self.aggregation(x)}"),
     ),
-    "vovnet:OsaBlock": (_rule("{self.conv_concat(x)}", "conv_concat.bn", slot="attn", keep="{self.attn(x)}"),),
-    "inception_resnet_v2:Block35": (_rule("{self.conv2d(out)}", "conv2d"),),
-    "inception_resnet_v2:Block17": (_rule("{self.conv2d(out)}", "conv2d"),),
-    "inception_resnet_v2:Block8": (_rule("{self.conv2d(out)}", "conv2d"),),
+    "vovnet:OsaBlock": (row("{self.conv_concat(x)}", "conv_concat.bn", slot="attn", keep="{self.attn(x)}"),),
+    "inception_resnet_v2:Block35": (row("{self.conv2d(out)}", "conv2d"),),
+    "inception_resnet_v2:Block17": (row("{self.conv2d(out)}", "conv2d"),),
+    "inception_resnet_v2:Block8": (row("{self.conv2d(out)}", "conv2d"),),
     "xception:Block": (
-        _rule("{self.rep(inp)}", "rep.-1", when="rep.-1.num_features"),
-        _rule("{self.rep(inp)}", "rep.-2"),
+        row("{self.rep(inp)}", "rep.-1", when="rep.-1.num_features"),
+        row("{self.rep(inp)}", "rep.-2"),
     ),
-    "xception_aligned:XceptionModule": (_rule("self._residual({self.stack(x)}, x)", "stack.conv3.bn_pw"),),
-    "xception_aligned:PreXceptionModule": (_rule("self._residual({self.stack(x)}, x)", "stack.conv3.conv_pw"),),
+    "xception_aligned:XceptionModule": (row(_XCEPTION, "stack.conv3.bn_pw"),),
+    "xception_aligned:PreXceptionModule": (row(_XCEPTION, "stack.conv3.conv_pw"),),
     "efficientvit_mit:ResidualBlock": (
-        _rule(
+        row(
             "{self.main(self.pre_norm(x))}",
             "main.point_conv.conv",
             scale=("main.point_conv.norm",),
             when="main.point_conv",
         ),
-        _rule("{self.main(self.pre_norm(x))}", "main.conv2.conv", scale=("main.conv2.norm",), when="main.conv2"),
+        row("{self.main(self.pre_norm(x))}", "main.conv2.conv", scale=("main.conv2.norm",), when="main.conv2"),
     ),
     "lowformer:ResidualBlock": (
-        _rule("{self.main(x)}", "main.point_conv.conv", scale=("main.point_conv.norm",), when="main.point_conv"),
+        row("{self.main(x)}", "main.point_conv.conv", scale=("main.point_conv.norm",), when="main.point_conv"),
+        row("{self.main(x)}", "main.-2", when="main.-2.out_channels"),  # an MLP, then dropout
     ),
     "cpubone:ResidualBlock": (
-        _rule("{self.main(x)}", "main.point_conv.conv", scale=("main.point_conv.norm",), when="main.point_conv"),
+        row("{self.main(x)}", "main.point_conv.conv", scale=("main.point_conv.norm",), when="main.point_conv"),
+        row("{self.main(x)}", "main.-2", when="main.-2.out_channels"),  # an MLP, then dropout
     ),
     "efficientvit_msra:ResidualDrop": (
-        _rule("{self.m(x)}", "m.bn", when="m.bn"),
-        _rule("{self.m(x)}", "m.pw2.bn", when="m.pw2.bn"),
+        row("{self.m(x)}", "m.bn", when="m.bn"),
+        row("{self.m(x)}", "m.pw2.bn", when="m.pw2.bn"),
     ),
     "shvit:Residual": (
-        _rule("{self.m(x)}", "m.bn", when="m.bn"),
-        _rule("{self.m(x)}", "m.pw2.bn", when="m.pw2.bn"),
+        row("{self.m(x)}", "m.bn", when="m.bn"),
+        row("{self.m(x)}", "m.pw2.bn", when="m.pw2.bn"),
     ),
-    "iformer:Residual": (_rule("{self.module(x)}", "module.-1.bn", when="module.-1.bn"),),
+    "iformer:Residual": (row("{self.module(x)}", "module.-1.bn", when="module.-1.bn"),),
     "focalnet:FocalNetBlock": (
-        _rule("{self.norm1_post(x)}", "norm1_post", child="attn_mixer", when="norm1_post.weight"),
-        _rule("{self.norm1_post(x)}", "modulation.proj", child="attn_mixer"),
-        _rule("{self.norm2_post(self.mlp(self.norm2(x)))}", "norm2_post", when="norm2_post.weight"),
-        _rule("{self.norm2_post(self.mlp(self.norm2(x)))}", "mlp.fc2"),
+        row("{self.norm1_post(x)}", "norm1_post", child="attn_mixer", when="norm1_post.weight"),
+        row("{self.norm1_post(x)}", "modulation.proj", child="attn_mixer"),
+        row("{self.norm2_post(self.mlp(self.norm2(x)))}", "norm2_post", when="norm2_post.weight"),
+        row("{self.norm2_post(self.mlp(self.norm2(x)))}", "mlp.fc2"),
     ),
-    "davit:ConvPosEnc": (_rule("{self.proj(x)}", "proj"),),
+    "davit:ConvPosEnc": (row("{self.proj(x)}", "proj"),),
+    "levit:LevitBlock": (row("{self.mlp(x)}", "mlp.ln2.bn", when="mlp.ln2.linear.kernel_size"),),
+    "levit:LevitDownsample": (row("{self.mlp(x)}", "mlp.ln2.bn", when="mlp.ln2.linear.kernel_size"),),
     # Networks without residual additions, or with cells that are graphs: one layer per block
-    "pooling:MaxPool2d": (_rule("{input}", "<", scale=(), family="vgg"),),
+    "pooling:MaxPool2d": (row("{input}", "<", scale=(), family="vgg"),),
     "selecsls:SelecSlsBlock": (
-        _rule("{self.conv6(torch.cat([d1, d2, d3], 1))} | {self.conv6(torch.cat([d1, d2, d3, x[1]], 1))}", "conv6.1"),
+        row("{self.conv6(torch.cat([d1, d2, d3], 1))} | {self.conv6(torch.cat([d1, d2, d3, x[1]], 1))}", "conv6.1"),
     ),
-    "nasnet:CellStem0": _cell("conv_1x1.bn", 4),
-    "nasnet:CellStem1": _cell("conv_1x1.bn", 4),
-    "nasnet:FirstCell": _cell("conv_1x1.bn", 6),
-    "nasnet:NormalCell": _cell("conv_1x1.bn", 6),
-    "nasnet:ReductionCell0": _cell("conv_1x1.bn", 4),
-    "nasnet:ReductionCell1": _cell("conv_1x1.bn", 4),
-    "pnasnet:CellStem0": _cell("comb_iter_0_left.bn_sep_2", 5),
-    "pnasnet:Cell": _cell("comb_iter_0_left.bn_sep_2", 5),
-    "densenet:DenseLayer": (_rule("{self.conv2(self.norm2(bottleneck_output))}", "conv2"),),
+    "nasnet:CellStem0": cell("conv_1x1.bn", 4),
+    "nasnet:CellStem1": cell("conv_1x1.bn", 4),
+    "nasnet:FirstCell": cell("conv_1x1.bn", 6),
+    "nasnet:NormalCell": cell("conv_1x1.bn", 6),
+    "nasnet:ReductionCell0": cell("conv_1x1.bn", 4),
+    "nasnet:ReductionCell1": cell("conv_1x1.bn", 4),
+    "pnasnet:CellStem0": cell("comb_iter_0_left.bn_sep_2", 5),
+    "pnasnet:Cell": cell("comb_iter_0_left.bn_sep_2", 5),
+    "densenet:DenseLayer": (row("{self.conv2(self.norm2(bottleneck_output))}", "conv2"),),
     "rdnet:DenseBlock": (
-        _rule(
+        row(
             "{self.layers(x)}",
             "layers.layers.4",
             slot="layers.layers.5",
             keep="{self.layers(x)}",
             when="layers.layers.5",
         ),
-        _rule("{self.layers(x)}", "layers.layers.4"),
+        row("{self.layers(x)}", "layers.layers.4"),
     ),
     "inception_v3:InceptionA": (
-        _rule(_INCEPTION_V3, "branch1x1.bn", "branch5x5_2.bn", "branch3x3dbl_3.bn", "branch_pool.bn"),
+        row(_INCEPTION_V3, "branch1x1.bn", "branch5x5_2.bn", "branch3x3dbl_3.bn", "branch_pool.bn"),
     ),
     "inception_v3:InceptionC": (
-        _rule(_INCEPTION_V3, "branch1x1.bn", "branch7x7_3.bn", "branch7x7dbl_5.bn", "branch_pool.bn"),
+        row(_INCEPTION_V3, "branch1x1.bn", "branch7x7_3.bn", "branch7x7dbl_5.bn", "branch_pool.bn"),
     ),
     "inception_v3:InceptionE": (
-        _rule(
+        row(
             _INCEPTION_V3,
             "branch1x1.bn",
             "branch3x3_2a.bn",
@@ -291,13 +266,13 @@ BLOCKS: dict[str, tuple[BlockRule, ...]] = {
         ),
     ),
     "inception_v4:InceptionA": (
-        _rule("{torch.cat((x0, x1, x2, x3), 1)}", "branch0.bn", "branch1.-1.bn", "branch2.-1.bn", "branch3.-1.bn"),
+        row("{torch.cat((x0, x1, x2, x3), 1)}", "branch0.bn", "branch1.-1.bn", "branch2.-1.bn", "branch3.-1.bn"),
     ),
     "inception_v4:InceptionB": (
-        _rule("{torch.cat((x0, x1, x2, x3), 1)}", "branch0.bn", "branch1.-1.bn", "branch2.-1.bn", "branch3.-1.bn"),
+        row("{torch.cat((x0, x1, x2, x3), 1)}", "branch0.bn", "branch1.-1.bn", "branch2.-1.bn", "branch3.-1.bn"),
     ),
     "inception_v4:InceptionC": (
-        _rule(
+        row(
             "{torch.cat((x0, x1, x2, x3), 1)}",
             "branch0.bn",
             "branch1_1a.bn",
@@ -308,33 +283,3 @@ BLOCKS: dict[str, tuple[BlockRule, ...]] = {
         ),
     ),
 }
-
-# fmt: off
-FAMILIES = frozenset((
-    "byoanet", "byobnet", "convmixer", "convnext", "cpubone", "csatv2", "cspnet", "cspnext", "davit", "densenet",
-    "dla", "dpn", "edgenext", "efficientformer", "efficientformer_v2", "efficientnet", "efficientvim",
-    "efficientvit_mit", "efficientvit_msra", "fasternet", "fastvit", "focalnet", "gcvit", "ghostnet", "hardcorenas",
-    "hgnet", "hrnet", "iformer", "inception_next", "inception_resnet_v2", "inception_v3", "inception_v4", "lcnetv2",
-    "lowformer", "mambaout", "maxxvit", "metaformer", "mobilenetv3", "mobilenetv5", "mobilevit", "nasnet", "nextvit",
-    "nfnet", "pnasnet", "rdnet", "regnet", "repghost", "repvit", "res2net", "resnest", "resnet", "resnetv2", "rexnet",
-    "selecsls", "senet", "shvit", "sknet", "starnet", "swiftformer", "tiny_vit", "tresnet", "vgg", "visformer",
-    "vitamin", "vovnet", "xception", "xception_aligned",
-))
-# fmt: on
-"""timm's modules with convolutional blocks that take attention."""
-
-NO_STAGE_OUTPUT = frozenset(("densenet", "efficientformer", "efficientvim", "hrnet", "rdnet", "selecsls"))
-"""Modules whose stages give no single (B, C, H, W) tensor of a known width."""
-
-STAGE_NUMBERS = {"inception_resnet_v2": {"repeat": 1, "repeat_1": 2, "repeat_2": 3, "block8": 3}}
-"""Numbers of stages whose names do not tell, by module and name."""
-
-# fmt: off
-TRANSFORMERS = frozenset((
-    "beit", "cait", "coat", "convit", "crossvit", "deepseek_vit", "deit", "eva", "gemma4_vit", "hiera",
-    "hieradet_sam2", "levit", "mlp_mixer", "mvitv2", "naflexvit", "nest", "pit", "pvt_v2", "qwen3_vit", "sequencer",
-    "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "tnt", "twins", "vision_transformer",
-    "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam", "volo", "xcit",
-))
-# fmt: on
-"""timm's modules of transformers and MLPs, without a two-dimensional convolutional block."""

@@ -5,7 +5,7 @@ from functools import reduce
 
 from torch import nn
 
-from .blocks import BlockRule
+from .block_rule import BlockRule
 
 __all__ = ["has_scalable", "lookup", "output_channels", "resolve", "scaling_tensors", "squeeze_channels"]
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .placement import Site
+from .branches import lookup
+from .sites import Site
 from .spec import AttnSpec
 
 __all__ = ["LoadGuard"]
@@ -55,9 +56,14 @@ class LoadGuard:
             )
 
     def _layer_tensors(self, model: nn.Module, prefix: str) -> StateDict:
-        layers = {f"{prefix}{site.path}.": model.get_submodule(site.path) for site in self.sites}
+        sites = self._sites_of(model)
+        layers = {f"{prefix}{site.path}.": model.get_submodule(site.path) for site in sites}
         tensors = {path + key: tensor for path, layer in layers.items() for key, tensor in layer.state_dict().items()}
-        return tensors | {prefix + site.gain: model.get_buffer(site.gain) for site in self.sites if site.gain}
+        return tensors | {prefix + site.gain: model.get_buffer(site.gain) for site in sites if site.gain}
+
+    def _sites_of(self, model: nn.Module) -> list[Site]:
+        """The sites that are left: timm's feature extraction cuts off what comes after the last feature."""
+        return [site for site in self.sites if lookup(model, site.path) is not None]
 
     def _drop_stale(self, state_dict: StateDict, prefix: str) -> None:
         stale = [prefix + key for key, shape in self.stale if _has(state_dict, prefix + key, shape)]
@@ -77,13 +83,13 @@ class LoadGuard:
 
     def _complete_plain(self, model: nn.Module, state_dict: StateDict, prefix: str) -> None:
         if self.spec.attn_init == "identity":
-            for site in self.sites:
+            for site in self._sites_of(model):
                 _keep_identity(model, state_dict, prefix, site)
         for key, tensor in self._layer_tensors(model, prefix).items():
             state_dict.setdefault(key, tensor)
         _logger.info(
             "The checkpoint has no attention weights: the %d %r layers keep their initial values.",
-            len(self.sites),
+            len(self._sites_of(model)),
             self.spec.name,
         )
 

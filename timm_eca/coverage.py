@@ -14,7 +14,7 @@ from torch import nn
 
 from .inject import attn_sites
 from .models import ENTRYPOINTS
-from .placement import Site
+from .sites import Site
 from .timm_hooks import install
 
 __all__ = ["Coverage", "coverage_of", "markdown", "survey", "timm_names", "write_tables"]
@@ -59,7 +59,7 @@ def coverage_of(name: str, attn_layer: str = "eca") -> Coverage:
 def _place(model: nn.Module, site: Site) -> str:
     parent_path, _, slot = site.path.rpartition(".")
     block = type(model.get_submodule(parent_path)).__name__.removesuffix("WithAttn")
-    return f"{block} `{site.gate.expressions}`" if site.gate else f"{block} `.{slot}`"
+    return f"{block} `{site.gate.expressions.partition(' | ')[0]}`" if site.gate else f"{block} `.{slot}`"
 
 
 def survey(names: Sequence[str], jobs: int = 1) -> Iterator[Coverage]:
@@ -105,11 +105,43 @@ def markdown(rows: Iterable[Coverage]) -> str:
         spread = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         where = "<br>".join(place.replace("|", "\\|") for place in places)
         lines.append(f"| {module} | {len(found)} | {len(counts)} | {spread} | {where} |")
-    lines += ["", "## Refused", "", "| module | models | why |", "|---|---|---|"]
+    lines += ["", *NOTES, "", "## Refused", "", "| module | models | why |", "|---|---|---|"]
     for module, found in sorted(by_module.items()):
         for names, why in _refusals(found):
             lines.append(f"| {module} | {names} | {why} |")
     return "\n".join(lines) + "\n"
+
+
+NOTES = (
+    "## One layer a stage",
+    "",
+    "Under `attn_where='stage'` the layer gates what timm's `features_only` gives for each stage after the stem: the"
+    " output of the module that `feature_info` names. Where that is no stage's output:",
+    "",
+    "- features taken inside a block (Xception, NASNet, PNASNet) or before a pooling (VGG): the output of the block or"
+    " pooling before, from which they are computed;",
+    "- DenseNet: the dense block, also before the last norm; HRNet: each `incre_modules` branch; EfficientViM: the last"
+    " block, before the next stage's downsampling;",
+    "- EfficientFormer's last stage gives tokens, which the layer gets as a column of pixels;",
+    "- transformers behind a convolutional stem (vitamin, vision_transformer_hybrid): the stages of the stem.",
+    "",
+    "HRNet's features without its head (`feature_location=''`) have no such modules and are refused.",
+    "",
+    "## Left alone",
+    "",
+    "Residual additions that no layer comes before, under `attn_where='end'` too:",
+    "",
+    "- self-attention, and the MLPs of linear layers that follow it in the token blocks of hybrid networks;",
+    "- token mixers that pool (poolformer, efficientformer): they have no convolution to weigh the outputs of;",
+    "- the sums inside a norm (global response normalization of ConvNeXt V2 and csatv2);",
+    "- the sums of NASNet's and PNASNet's cells, which are graphs: each cell's output passes through one layer;",
+    "- iformer's position encoding, which timm fuses with its skip from outside the block;",
+    "- csatv2's position encoding of maps with one channel, which has no others to be weighed against.",
+    "",
+    "Branches that timm fuses with their skip into one convolution (fastvit's RepMixer, repvit's RepVggDw, the"
+    " depthwise convolutions of efficientvim) have a layer under `'end'` and `'add'`, and then stay unfused; under"
+    " `'auto'` they are left to be fused.",
+)
 
 
 def _refusals(found: list[Coverage]) -> list[tuple[str, str]]:

@@ -10,8 +10,10 @@ ordinary source code: TorchScript, fx, export and `torch.compile` treat it as th
 import ast
 import inspect
 import linecache
+import re
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -25,25 +27,32 @@ class Gate(NamedTuple):
     """One tensor of a forward that passes through one child.
 
     Attributes:
-        child: Name of the child.
+        child: Name of the child, or path of a child's child.
         expressions: Expressions of forward with braces around what is gated, such as `{self.bn3(x)}`, separated by
             ` | ` where several say the same; all occurrences are gated. `RETURN` stands for what forward returns.
-        nhwc: Whether the tensor is (B, H, W, C); the child gets (B, C, H, W) all the same.
+            A name and a colon before an expression: it is in that method.
+        layout: What the tensor is: 'NCHW', 'NHWC', or 'tokens' (B, N, C). The child gets (B, C, H, W) all the same;
+            tokens as a column, H = N and W = 1.
         gain: Whether the tensor is multiplied by the block's buffer `gain_name(child)` first.
     """
 
     child: str
     expressions: str
-    nhwc: bool = False
+    layout: str = "NCHW"
     gain: bool = False
 
     def call(self, expression: str) -> str:
         """Return the source that stands for an expression of forward."""
         if self.gain:
             expression = f"({expression}) * self.{gain_name(self.child)}"
-        if self.nhwc:
-            return f"(self.{self.child}(({expression}).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))"
-        return f"(self.{self.child}({expression}))"
+        return _CALLS[self.layout].format(call=f"self.{self.child}", x=f"({expression})")
+
+
+_CALLS = {
+    "NCHW": "({call}({x}))",
+    "NHWC": "({call}({x}.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))",
+    "tokens": "({call}({x}.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2))",
+}
 
 
 def gain_name(child: str) -> str:
@@ -71,19 +80,29 @@ def gated_class(block_cls: type[nn.Module], gates: tuple[Gate, ...]) -> type[nn.
 
 
 def _gated_class(block_cls: type[nn.Module], gates: tuple[Gate, ...]) -> type[nn.Module]:
-    function = _forward_of(block_cls)
+    name = f"{block_cls.__name__}WithAttn"
+    functions: dict[str, ast.FunctionDef] = {}
     for gate in gates:
         for expression in gate.expressions.split(" | "):
+            method, expression = _method_of(expression)
+            function = functions.setdefault(method, _source_of(block_cls, method))
             _insert(function, block_cls, gate, expression)
-    name = f"{block_cls.__name__}WithAttn"
-    namespace: dict[str, Any] = {}
-    code = _compiled(function, f"<{name} of {block_cls.__module__} {hash(gates):x}>")
-    exec(code, vars(sys.modules[block_cls.forward.__module__]), namespace)
-    forward = namespace["forward"]
-    forward.__qualname__ = f"{name}.forward"
-    made_from = (block_cls, gates)
-    members = {"forward": forward, "__module__": __name__, "__reduce_ex__": _reduce, "_made_from": made_from}
-    return type(name, (block_cls,), members | {fusion: _Absent() for fusion in FUSIONS if hasattr(block_cls, fusion)})
+    members: dict[str, Any] = {"__module__": __name__, "__reduce_ex__": _reduce, "_made_from": (block_cls, gates)}
+    members |= {fusion: _Absent() for fusion in FUSIONS if hasattr(block_cls, fusion)}
+    members |= {cut: _cut(cut) for cut in CUTS if hasattr(block_cls, cut)}
+    for method, function in functions.items():
+        namespace: dict[str, Any] = {}
+        code = _compiled(function, f"<{method} of {name} of {block_cls.__module__} {hash(gates):x}>")
+        exec(code, vars(sys.modules[getattr(block_cls, method).__module__]), namespace)
+        members[method] = namespace[method]
+        members[method].__qualname__ = f"{name}.{method}"
+    return type(name, (block_cls,), members)
+
+
+def _method_of(expression: str) -> tuple[str, str]:
+    """Split off the name of the method where it is not forward."""
+    named = re.match(r"(\w+): (.+)", expression)
+    return (named[1], named[2]) if named else ("forward", expression)
 
 
 FUSIONS = ("fuse", "reparameterize", "switch_to_deploy")
@@ -100,6 +119,21 @@ class _Absent:
         raise AttributeError(f"a block with attention has no {self.name}()")
 
 
+CUTS = ("prune_to_tap",)
+"""Methods by which timm cuts off what comes after a feature inside a block: the end of the branch, and the layer."""
+
+
+def _cut(name: str) -> Callable[[Any], None]:
+    def cut(block: Any) -> None:
+        block_cls, gates = block._made_from
+        for gate in gates:
+            delattr(block, gate.child)
+        block.__class__ = block_cls
+        getattr(block, name)()
+
+    return cut
+
+
 def _reduce(block: Any, protocol: int) -> tuple[Any, ...]:
     """How pickle and copy make such a block again: its class is not one that can be imported."""
     return _make, block._made_from, block.__dict__
@@ -110,11 +144,11 @@ def _make(block_cls: type[nn.Module], gates: tuple[Gate, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _forward_of(block_cls: type[nn.Module]) -> ast.FunctionDef:
+def _source_of(block_cls: type[nn.Module], method: str) -> ast.FunctionDef:
     try:
-        source = textwrap.dedent(inspect.getsource(block_cls.forward))
-    except (OSError, TypeError) as error:
-        message = f"Attention goes into the source of {block_cls.__name__}.forward, which cannot be had."
+        source = textwrap.dedent(inspect.getsource(getattr(block_cls, method)))
+    except (OSError, TypeError, AttributeError) as error:
+        message = f"Attention goes into the source of {block_cls.__name__}.{method}, which cannot be had."
         raise ValueError(message) from error
     function = ast.parse(source).body[0]
     assert isinstance(function, ast.FunctionDef)
@@ -132,7 +166,7 @@ def _insert(function: ast.FunctionDef, block_cls: type[nn.Module], gate: Gate, e
         )
     editor.visit(function)
     if not editor.count:
-        raise ValueError(f"{block_cls.__name__}.forward has no expression {expression}.")
+        raise ValueError(f"{block_cls.__name__}.{function.name} has no expression {expression}.")
 
 
 def _parsed(source: str) -> ast.expr:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .placement import Site
+from .sites import Site
 from .spec import AttnSpec
 
 __all__ = ["check_identity", "identity_factors", "scale_"]

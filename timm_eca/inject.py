@@ -2,28 +2,31 @@
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .checkpoint import LoadGuard
+from .families import FAMILIES
 from .fused import fuse_blocks_
 from .gating import Gate, gate_block_, gated_class
 from .identity import check_identity, identity_factors, scale_
+from .layers import EcaLayer
 from .layers.registry import AttnLayer, get_attn
-from .placement import Site, find_sites, placed_site
+from .making import build_layer, check_layer_args, shapes_of
+from .placement import find_sites, placed_by_timm
+from .sites import Site, family_of
 from .spec import AttnSpec
 
 __all__ = [
-    "ConstructorByTimm",
-    "ConstructorWithAttn",
     "add_attn_",
     "attn_modules",
     "attn_sites",
     "inject_",
+    "label_",
     "label_wrapper_",
     "plan_attn",
     "restart_identity_",
@@ -48,7 +51,8 @@ def plan_attn(
         attn_layer: Registered name, or a class, partial or function whose first argument is `channels`.
         attn_kwargs: Keyword arguments of the layer; a sequence of mappings gives one to each stage.
         attn_stages: Numbers of the stages that get the layer, the first being 1. None: all.
-        attn_where: 'auto' (where the paper puts it) or 'end' (end of the residual branch).
+        attn_where: 'auto', 'end', 'add' or 'stage', as in `AttnSpec`; not 'auto' in timm's ByobNets and NFNets, whose
+            constructors place the layer then.
         attn_init: 'default' (the layer's own) or 'identity' (the model computes what it computes without it).
 
     Raises:
@@ -56,8 +60,9 @@ def plan_attn(
     """
     spec = AttnSpec(attn_layer, attn_kwargs, attn_stages, attn_where, attn_init)
     sites = _checked_sites(model, spec)
+    _check_built(model, spec)
     for site in sites:
-        _check_layer_args(spec, site)
+        check_layer_args(spec, site.channels, spec.kwargs_of(site.stage - 1))
     return sites
 
 
@@ -80,6 +85,7 @@ def add_attn_(
         fused: Fuse the blocks that can be, see `fuse_`.
     """
     spec = AttnSpec(attn_layer, attn_kwargs, attn_stages, attn_where, attn_init)
+    _check_built(model, spec)
     inject_(model, spec)
     if fused:
         fuse_blocks_(model)
@@ -91,7 +97,7 @@ def add_attn_(
 def inject_(model: _ModelT, spec: AttnSpec, name: str | None = None) -> _ModelT:
     """Write a spec into a model: layers at their sites, `attn_spec` and `attn_sites`, the guard on loading."""
     sites = _checked_sites(model, spec, name)
-    layers = [_build_layer(model, spec, site) for site in sites]
+    layers = [_layer_for(model, spec, site) for site in sites]
     factors = identity_factors(spec, layers)
     guard = LoadGuard(
         spec=spec,
@@ -134,54 +140,20 @@ def attn_sites(model: nn.Module) -> tuple[Site, ...]:
     return getattr(model, "attn_sites", ())
 
 
-class ConstructorWithAttn(Generic[_ModelT]):
-    """A stand-in for a model class that constructs the model, then adds attention.
-
-    As `model_cls` of timm's `build_model_with_cfg` it puts the layers in between construction and weight loading.
-
-    Attributes:
-        model: The model constructed last, also where timm wraps it for feature extraction later.
-    """
-
-    def __init__(self, model_cls: Callable[..., _ModelT], spec: AttnSpec, name: str):
-        self.model_cls = model_cls
-        self.name = name
-        self.spec = spec
-        self.model: _ModelT | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _ModelT:
-        self.model = inject_(self.model_cls(*args, **kwargs), self.spec, self.name)
-        return self.model
-
-
-class ConstructorByTimm(ConstructorWithAttn[_ModelT]):
-    """A stand-in for a model class whose own configuration has `attn_layer`: timm's constructor places the layers."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _ModelT:
-        factory = get_attn(self.spec.attn_layer)
-        made: dict[nn.Module, int] = {}
-
-        def make(channels: int, **layer_kwargs: Any) -> nn.Module:
-            layer = factory(channels, **layer_kwargs)
-            made[layer] = channels
-            return layer
-
-        model = self.model_cls(*args, **kwargs, attn_layer=make, attn_kwargs=self.spec.kwargs_of(0))
-        sites = tuple(placed_site(model, path, made[m]) for path, m in model.named_modules() if m in made)
-        if not sites:  # some configurations have the argument and no block that heeds it
-            return super().__call__(*args, **kwargs)
-        plain = self.model_cls(*args, **{**kwargs, "device": "meta"})
-        stale = tuple(sorted(_shapes(plain) - _shapes(model)))
-        model.register_load_state_dict_pre_hook(LoadGuard(self.spec, sites, stale))
-        self.model = label_(model, self.spec, sites)
-        return self.model
-
-
 def restart_identity_(model: nn.Module) -> None:
     """Start anew as identity, after plain weights were written into a model that had started so."""
     for site in attn_sites(model):
         layer: Any = model.get_submodule(site.path)
         scale_(model, site.scales, layer.identity_init_())
+
+
+def _check_built(model: nn.Module, spec: AttnSpec) -> None:
+    """Raise ValueError where 'auto' means what only a constructor can do, and a saved model would be rebuilt so."""
+    if spec.attn_where == "auto" and family_of(model) in FAMILIES and placed_by_timm(type(model)):
+        raise ValueError(
+            f"attn_where='auto' leaves the place to the constructor of {type(model).__name__}, and this model is built:"
+            " give attn_layer to timm.create_model, or say attn_where='end' or 'add' here."
+        )
 
 
 def _checked_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) -> list[Site]:
@@ -195,46 +167,30 @@ def _checked_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) ->
     return sites
 
 
-def _check_layer_args(spec: AttnSpec, site: Site) -> dict[str, Any]:
-    kwargs = spec.kwargs_of(site.stage - 1)
-    signature = inspect.signature(get_attn(spec.attn_layer))
-    try:
-        signature.bind(site.channels, **kwargs)
-    except TypeError as error:
-        accepted = ", ".join(list(signature.parameters)[1:]) or "no arguments but channels"
-        raise ValueError(
-            f"attn_kwargs {kwargs!r} do not fit layer {spec.name!r}: {error}. It takes {accepted}."
-        ) from None
-    return kwargs
-
-
-def _build_layer(model: nn.Module, spec: AttnSpec, site: Site) -> nn.Module:
-    kwargs = _check_layer_args(spec, site)
+def _layer_for(model: nn.Module, spec: AttnSpec, site: Site) -> nn.Module:
     like: Any = model.get_submodule(site.like).weight
-    placed: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    factory = get_attn(spec.attn_layer)
-    known = inspect.signature(factory).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    kwargs = {k: v for k, v in placed.items() if takes_any or k in known} | kwargs
-    layer = factory(site.channels, **kwargs)
-    if not isinstance(layer, nn.Module):
-        raise ValueError(f"Attention layer {spec.name!r} must make a torch.nn.Module, it made {layer!r}.")
-    return layer.to(**placed).train(model.training)
+    kwargs = spec.kwargs_of(site.stage - 1)
+    if site.replaces and not kwargs and get_attn(spec.attn_layer) is EcaLayer:
+        kwargs = _size_of_replaced(model.get_submodule(site.path))
+    return build_layer(spec, site.channels, kwargs, like.device, like.dtype).train(model.training)
 
 
-def _shapes(module: nn.Module, prefix: str = "") -> set[tuple[str, torch.Size]]:
-    return {(f"{prefix}{key}", tensor.shape) for key, tensor in module.state_dict().items()}
+def _size_of_replaced(module: nn.Module) -> dict[str, Any]:
+    """ECA in place of ECA has its size: pruning may have narrowed the model since, and weights are for that size."""
+    return {"kernel_size": module.conv.kernel_size[0]} if isinstance(module, EcaLayer) else {}
 
 
 def _stale(model: nn.Module, site: Site, layer: nn.Module) -> list[tuple[str, torch.Size]]:
     """Return the tensors of the modules that give way to a layer, but those that fit the layer too."""
     gone = [*site.removes, *([site.path] if site.replaces else [])]
-    stale = {entry for path in gone for entry in _shapes(model.get_submodule(path), f"{path}.")}
-    return sorted(stale - _shapes(layer, f"{site.path}."))
+    stale = {entry for path in gone for entry in shapes_of(model.get_submodule(path), f"{path}.")}
+    return sorted(stale - shapes_of(layer, f"{site.path}."))
 
 
 def _empty_slots(model: nn.Module, spec: AttnSpec, sites: list[Site]) -> tuple[str, ...]:
     """Return the places that attn_stages leaves empty."""
+    if spec.attn_stages is None:
+        return ()
     everywhere = find_sites(model, replace(spec, attn_kwargs=None, attn_stages=None))
     used = {site.path for site in sites}
     return tuple(site.path for site in everywhere if site.replaces is None and site.path not in used)

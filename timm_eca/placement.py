@@ -1,55 +1,26 @@
 """Where attention goes in one model: the table of blocks applied to its modules.
 
-The second of the three forms (spec, sites, model). Rules know blocks, not attention classes; planning only reads.
+Rules know blocks, not attention classes; planning only reads.
 """
 
-import re
+import dataclasses
+import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from .blocks import BLOCKS, NO_STAGE_OUTPUT, STAGE_NUMBERS, BlockRule
+from .block_rule import BlockRule
+from .blocks import BLOCKS
 from .branches import has_scalable, lookup, output_channels, resolve, scaling_tensors, squeeze_channels
-from .gating import RETURN, Gate, gain_name
+from .gating import Gate
+from .sites import Site, family_of, rule_key
 from .spec import AttnSpec
+from .stages import stage_number, stage_sites
 
-__all__ = ["EXAMPLES", "Site", "find_sites", "placed_site", "rule_key", "rules_of"]
+__all__ = ["EXAMPLES", "find_sites", "placed_by_timm", "placed_site", "rules_of"]
 
 EXAMPLES = ("resnet50", "mobilenetv2_100", "convnext_tiny")
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place for one layer in one model.
-
-    Attributes:
-        path: Module path at which the layer goes.
-        stage: Number of the stage, the first being 1.
-        channels: Channels of the tensor that the layer gates.
-        like: Path of the module whose weight tells the layer's device and dtype.
-        scales: Paths of the tensors that scale the gated tensor linearly, `/` before those that do so inversely;
-            empty where no tensor does.
-        block: Path of the block whose forward is made to call the layer, None where it does so already.
-        gate: How that forward calls the layer.
-        replaces: Class name of the module that gives way to the layer, None for an empty place.
-        removes: Paths of squeeze-and-excitation modules elsewhere in the block that give way too.
-    """
-
-    path: str
-    stage: int
-    channels: int
-    like: str
-    scales: tuple[str, ...] = ()
-    block: str | None = None
-    gate: Gate | None = None
-    replaces: str | None = None
-    removes: tuple[str, ...] = ()
-
-    @property
-    def gain(self) -> str | None:
-        """Path of the buffer that scales the gated tensor where no weights of the model do, None elsewhere."""
-        return f"{self.block}.{gain_name(self.gate.child)}" if self.gate and self.gate.gain else None
 
 
 def find_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) -> list[Site]:
@@ -65,6 +36,7 @@ def find_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) -> lis
     """
     where = "end" if spec.attn_where == "stage" else spec.attn_where
     sites = [site for path, module in model.named_modules() for site in _block_sites(model, path, module, where)]
+    sites = [site for site in sites if site.channels > 1]  # one channel has no others to be weighed against
     if not sites:
         name = name or (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "this model"
         raise ValueError(
@@ -72,14 +44,21 @@ def find_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) -> lis
             f" known. Models that take it: {', '.join(EXAMPLES)}."
         )
     if spec.attn_where == "stage":
-        sites = _stage_sites(model, sites)
+        sites = stage_sites(model, sites)
     _check_stages(spec, sites)
     return [site for site in sites if spec.attn_stages is None or site.stage in spec.attn_stages]
 
 
+def placed_by_timm(model_cls: Any) -> bool:
+    """Whether a model class's own configuration has `attn_layer`, and its constructor places the layer."""
+    cfg = inspect.signature(model_cls).parameters.get("cfg") if isinstance(model_cls, type) else None
+    fields = dataclasses.fields(cfg.annotation) if cfg and dataclasses.is_dataclass(cfg.annotation) else ()
+    return {"attn_layer", "attn_kwargs"} <= {field.name for field in fields}
+
+
 def placed_site(model: nn.Module, path: str, channels: int) -> Site:
     """Return the site of a layer that a model's own constructor placed."""
-    return Site(path=path, stage=_stage_number(model, path), channels=channels, like=path)
+    return Site(path=path, stage=stage_number(model, path), channels=channels, like=path)
 
 
 def _check_stages(spec: AttnSpec, sites: list[Site]) -> None:
@@ -92,17 +71,14 @@ def _check_stages(spec: AttnSpec, sites: list[Site]) -> None:
         )
 
 
-def rule_key(cls: type) -> str:
-    """Return the key of a class in the table of blocks."""
-    return f"{cls.__module__.rpartition('.')[2]}:{cls.__name__}"
-
-
-def rules_of(model: nn.Module, block: nn.Module) -> list[BlockRule]:
-    """Return the rows that hold for a block: for each of its children the first."""
-    family = rule_key(type(model)).partition(":")[0]
+def rules_of(model: nn.Module, block: nn.Module, where: str) -> list[BlockRule]:
+    """Return the rows that hold for a block under a placement: for each of its children the first."""
+    family = family_of(model)
     held: dict[str, BlockRule] = {}
     for rule in BLOCKS.get(rule_key(type(block)), ()):
-        if rule.family in (None, family) and (rule.when is None or _truth(lookup(block, rule.when))):
+        if where not in rule.where or rule.family not in (None, family):
+            continue
+        if rule.when is None or _truth(lookup(block, rule.when)):
             held.setdefault(rule.child, rule)
     return list(held.values())
 
@@ -112,8 +88,8 @@ def _truth(value: object) -> bool:
 
 
 def _block_sites(model: nn.Module, path: str, block: nn.Module, where: str) -> Iterator[Site]:
-    for rule in rules_of(model, block):
-        stage = _stage_number(model, path)
+    for rule in rules_of(model, block, where):
+        stage = stage_number(model, path)
         inner = [name for name in rule.se if _occupied(block, name)]
         if inner and where == "auto":
             yield _site_of_se(path, block, rule, stage, inner[0])
@@ -157,7 +133,12 @@ def _site_of_gate(
     """A new child at the end of the branch, behind what the slot holds where there is one."""
     kept = rule.slot if rule.slot and _occupied(block, rule.slot) else None
     tensors = scaling_tensors(block, rule, kept) if has_scalable(block, rule, kept) else []
-    gate = Gate(rule.child, str(rule.keep) if kept else rule.gate, rule.nhwc, gain=not tensors)
+    gate = Gate(
+        rule.child,
+        str(rule.keep) if kept else rule.gate,
+        "NHWC" if rule.nhwc else "NCHW",
+        gain=not tensors,
+    )
     source = _convolution_before(model, path) if rule.width == ("<",) else None
     return Site(
         path=f"{path}.{rule.child}",
@@ -184,50 +165,3 @@ def _convolution_before(model: nn.Module, path: str) -> str:
             break
         last = sibling if isinstance(module, nn.Conv2d) else last
     return f"{parent_path}.{last}"
-
-
-def _numbered(path: str) -> int | None:
-    """Return the index of the first part of a module path that has a digit."""
-    return next((i for i, part in enumerate(path.split(".")) if re.search(r"\d", part)), None)
-
-
-def _stage_number(model: nn.Module, path: str) -> int:
-    """Number a block's stage by its path: `layer1`, `blocks.0` and `stages.0` are the first."""
-    parts = path.split(".")
-    named = STAGE_NUMBERS.get(rule_key(type(model)).partition(":")[0], {}).get(parts[0])
-    index = _numbered(path)
-    if named is not None or index is None:
-        return named or 1
-    number = int(re.findall(r"\d+", parts[index])[0])
-    return number + 1 if parts[index].isdigit() else number
-
-
-def _stage_sites(model: nn.Module, sites: list[Site]) -> list[Site]:
-    """Return one site at the end of each stage, which is the last of its containers that holds blocks."""
-    family = rule_key(type(model)).partition(":")[0]
-    if family in NO_STAGE_OUTPUT:
-        raise ValueError(f"attn_where='stage' fits no model of {family}: its stages give no single tensor to gate.")
-    last = {site.stage: site for site in sites}
-    return [_stage_site(model, number, site) for number, site in sorted(last.items())]
-
-
-def _stage_site(model: nn.Module, number: int, last: Site) -> Site:
-    parts = last.path.split(".")
-    index = _numbered(last.path)
-    path = ".".join(parts[: (index or 0) + 1])
-    container = model.get_submodule(path)
-    gate = (
-        None
-        if type(container) is nn.Sequential
-        else Gate("attn_stage", RETURN, nhwc=getattr(model, "output_fmt", "NCHW") == "NHWC", gain=True)
-    )
-    info = getattr(model, "feature_info", None) or []
-    widths = {i.get("module"): i.get("num_chs") for i in getattr(info, "info", info)}
-    return Site(
-        path=f"{path}.attn_stage",
-        stage=number,
-        channels=widths.get(path) or last.channels,
-        like=last.like,
-        block=None if gate is None else path,
-        gate=gate,
-    )

@@ -24,7 +24,8 @@ class AttnSpec:
         attn_stages: Numbers of the stages that carry the layer, the first stage being 1. None: all.
         attn_where: 'auto': where the paper puts it, in place of squeeze-and-excitation where a block carries it.
             'end': at the end of the residual branch, right before the addition; squeeze-and-excitation goes.
-            'add': the same, and squeeze-and-excitation stays. 'stage': once, at the end of each stage.
+            'add': the same, and squeeze-and-excitation stays. 'stage': once, at the end of each of timm's feature
+            stages; these are then the stages that are counted.
         attn_init: 'default': the layer's own. 'identity': the model computes what it computed without the layer.
     """
 

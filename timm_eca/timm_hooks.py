@@ -5,7 +5,6 @@ its own reference, so a door is opened by rebinding the name in every module of 
 puts every reference back and takes the entrypoints out of timm's registry.
 """
 
-import dataclasses
 import functools
 import sys
 import warnings
@@ -17,16 +16,17 @@ import timm.layers
 import timm.models
 from timm.models import _registry
 from timm.models._hub import save_config_for_hf
+from timm.models._prune import adapt_model_from_file
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .constructors import ConstructorByTimm, ConstructorWithAttn
 from .fused import fuse_blocks_
-from .inject import ConstructorByTimm, ConstructorWithAttn, label_wrapper_, restart_identity_
-from .layers import EcaLayer
+from .inject import label_wrapper_, restart_identity_
 from .layers import registry as attn_registry
 from .models import ENTRYPOINTS
-from .placement import EXAMPLES
+from .placement import EXAMPLES, placed_by_timm
 from .spec import ATTN_ARGS, AttnSpec
 
 __all__ = ["install", "installed", "save_config_for_hf", "uninstall"]
@@ -74,8 +74,9 @@ def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pre
         return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
     fused = asked.pop("fused", True)
     spec = _spec(asked)
-    _check_pruned(variant, spec, kwargs)
-    by_timm = _placed_by_timm(variant, spec, asked, kwargs.get("model_cfg"))
+    by_timm = _placed_by_timm(variant, model_cls, spec, asked)
+    if kwargs.pop("pruned", False):
+        model_cls = _pruned_first(model_cls, variant)
     construct = (ConstructorByTimm if by_timm else ConstructorWithAttn)(model_cls, spec, variant)
     model = _timm_build_model_with_cfg(construct, variant, pretrained, *args, **kwargs)
     inner: Any = construct.model
@@ -102,10 +103,9 @@ def _is_registered(layer: Any) -> bool:
     return isinstance(layer, str) and layer.lower() in attn_registry.list_attns()
 
 
-def _placed_by_timm(variant: str, spec: AttnSpec, asked: dict[str, Any], cfg: Any) -> bool:
-    """Whether timm's own configuration of a model has `attn_layer` and places the layer itself."""
-    fields = {f.name for f in dataclasses.fields(cfg)} if dataclasses.is_dataclass(cfg) else set()
-    if not {"attn_layer", "attn_kwargs"} <= fields or spec.attn_where != "auto":
+def _placed_by_timm(variant: str, model_cls: Any, spec: AttnSpec, asked: dict[str, Any]) -> bool:
+    """Whether timm's constructor is to place the layer itself."""
+    if spec.attn_where != "auto" or not placed_by_timm(model_cls):
         return False
     more = sorted({"attn_stages", "attn_init"} & set(asked)) + ["attn_kwargs per stage"] * (
         not isinstance(spec.attn_kwargs, dict)
@@ -126,13 +126,9 @@ def _spec(asked: dict[str, Any]) -> AttnSpec:
     return AttnSpec(**asked)
 
 
-def _check_pruned(variant: str, spec: AttnSpec, kwargs: dict[str, Any]) -> None:
-    # timm narrows the convolutions of a pruned model after construction, when the layers are in place already.
-    layer = attn_registry.get_attn(spec.attn_layer)
-    if kwargs.get("pruned") and not (isinstance(layer, type) and issubclass(layer, EcaLayer)):
-        raise ValueError(
-            f"{variant} is pruned: it takes 'eca', whose weights do not depend on width, got {spec.name!r}."
-        )
+def _pruned_first(model_cls: Callable[..., nn.Module], variant: str) -> Callable[..., nn.Module]:
+    """Construct, then narrow the convolutions as timm does later: layers are to be as wide as what is left."""
+    return lambda *args, **kwargs: adapt_model_from_file(model_cls(*args, **kwargs), variant)
 
 
 _HOOKS = {"get_attn": _get_attn, "build_model_with_cfg": _build_model_with_cfg}

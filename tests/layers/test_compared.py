@@ -208,8 +208,8 @@ def test_eca_spatial():
 
 
 def test_timm_has_the_others():
-    """CBAM, GC, GE and NL keep timm's classes under timm's names."""
-    for name in ("cbam", "gc", "ge", "nl"):
+    """CBAM, GC and NL keep timm's classes under timm's names."""
+    for name in ("cbam", "gc", "nl"):
         assert get_attn(name).__module__.startswith("timm.")
 
 

@@ -1,6 +1,5 @@
 """Blocks that compute their tail at once where they can, and plainly where they cannot."""
 
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -77,9 +76,9 @@ def fuse_(model: _ModelT) -> _ModelT:
 
 def unfuse_(model: _ModelT) -> _ModelT:
     """Make every block compute plainly again, in place."""
-    for block in model.modules():
-        if isinstance(block, FusedBlock):
-            block.__class__ = plain_class(type(block))
+    blocks: list[Any] = [block for block in model.modules() if isinstance(block, FusedBlock)]
+    for block in blocks:
+        block.__class__ = plain_class(type(block))
     return model
 
 
@@ -94,12 +93,20 @@ def fuse_blocks_(model: nn.Module) -> int:
     return count
 
 
-@cache
+_classes: dict[type[nn.Module], type[FusedBlock] | None] = {}
+
+
 def fused_class(cls: type[nn.Module]) -> type[FusedBlock] | None:
     """Return the fused subclass of a block's class, None where there is none.
 
     It has the name of its class: a model reads the same, and tables by class name hold.
     """
+    if cls not in _classes:
+        _classes[cls] = _fused_class(cls)
+    return _classes[cls]
+
+
+def _fused_class(cls: Any) -> type[FusedBlock] | None:
     rule = RULES.get(getattr(cls, "_made_from", (cls,))[0])
     halves = halves_of(cls, rule) if rule else None
     if halves is None:

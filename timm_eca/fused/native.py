@@ -18,7 +18,7 @@ __all__ = ["backward", "forward", "loaded", "takes"]
 
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
 _POINTER, _INT, _DOUBLE, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
-_ARGS = {
+_ARGS: dict[str, list[Any]] = {
     "forward": [_POINTER] * 7 + [_INT] + [_POINTER] * 3 + [_DOUBLE] + [_POINTER] * 3 + [_DOUBLE, _FLAG, _FLAG],
     "backward": [_POINTER] * 9 + [_INT] + [_POINTER] * 3 + [_DOUBLE] + [_POINTER] * 4 + [_FLAG],
 }

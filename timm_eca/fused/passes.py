@@ -23,10 +23,10 @@ def forward(
     update_running(weights.running, moments, z)
     scale, offset = gains(pooled, moments, weights)
     shift = torch.addcmul(offset, scale, pooled, value=-1)
-    into = {"out": z} if inplace else {}
+    into = z if inplace else None
     if shortcut is None:
-        return torch.addcmul(_as_map(shift, z), z, _as_map(scale, z), **into), pooled, moments
-    out = torch.addcmul(shortcut, z, _as_map(scale, z), **into).add_(_as_map(shift, z))
+        return torch.addcmul(_as_map(shift, z), z, _as_map(scale, z), out=into), pooled, moments
+    out = torch.addcmul(shortcut, z, _as_map(scale, z), out=into).add_(_as_map(shift, z))
     return (out.relu_() if relu else out), pooled, moments
 
 
@@ -76,13 +76,13 @@ def _vector_graph(pooled: Tensor, weights: TailWeights, wanted: list[bool], of_b
     assert weights.moments is not None
     mean, var = weights.moments
     with torch.enable_grad():
-        leaves = [
+        leaves: list[Any] = [
             t if t is None else t.detach().requires_grad_(want)
             for t, want in zip((pooled, var, weights.weight, weights.bias, weights.kernel), wanted)
         ]
-        pooled, var, weight, bias, kernel = leaves
-        moments = Moments(pooled.mean(0) if of_batch else mean, var)
-        return leaves, gains(pooled, moments, weights._replace(weight=weight, bias=bias, kernel=kernel))
+        pooled_, var_, weight, bias, kernel = leaves
+        moments = Moments(pooled_.mean(0) if of_batch else mean, var_)
+        return leaves, gains(pooled_, moments, weights._replace(weight=weight, bias=bias, kernel=kernel))
 
 
 def _batch_var(z: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,19 @@
 """Attention layers and their registry. Knows no models."""
 
-from . import a2, aa, da, eca_ns, eca_spatial, ge_theta_plus, gsop, paper_names, scse, se_paper, timm_layers
+from . import (
+    a2,
+    aa,
+    da,
+    eca_ns,
+    eca_spatial,
+    gather_excite,
+    ge_theta_plus,
+    gsop,
+    paper_names,
+    scse,
+    se_paper,
+    timm_layers,
+)
 from .eca import EcaLayer, adaptive_kernel_size
 from .registry import AttnLayer, get_attn, list_attns, register_attn
 
@@ -13,6 +26,7 @@ __all__ = [
     "da",
     "eca_ns",
     "eca_spatial",
+    "gather_excite",
     "ge_theta_plus",
     "get_attn",
     "gsop",

@@ -26,7 +26,7 @@ class GeThetaPlus(nn.Module):
     by one depthwise convolution as large as the input. The MLP is that of squeeze-and-excitation, as 1x1
     convolutions; the interpolation takes the nearest neighbour.
 
-    timm's 'ge' means these parts too, but as of timm 1.0.31 its constructor fails with any of them.
+    timm's 'ge' has these parts too, with average pooling as its default gather.
 
     Args:
         channels: Number of channels C of the input.

@@ -7,7 +7,7 @@ from .registry import register_attn
 __all__ = ["TIMM_ATTNS"]
 
 # Not here: sk, splat, lambda, bottleneck and halo, which stand in for convolutions. timm's create_attn knows them
-# as before; as a layer that gates what a block computed they make no sense.
+# as before; as a layer that gates what a block computed they make no sense. Nor ge: see gather_excite.py.
 TIMM_ATTNS = (
     "bat",
     "cbam",
@@ -18,7 +18,6 @@ TIMM_ATTNS = (
     "ese",
     "gc",
     "gca",
-    "ge",
     "lcbam",
     "nl",
     "scoord",

@@ -1,0 +1,96 @@
+"""attn_where='stage': one layer at the end of each stage, and in the stage's feature."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from family_names import NAMES, image
+from timm_eca import EcaLayer, attn_modules
+
+# Features that are taken before the end of their stage, or after further layers: not the tensor that the layer gives.
+# Also those of plain convolutions before the first block, which are a stem's whatever they are called.
+OTHER_FEATURES = {
+    "inception_resnet_v2": {0, 1},
+    "inception_v3": {0, 1},
+    "inception_v4": {0, 1},
+    "vitamin_small_224": {0, 1, 2},  # of the transformer behind the convolutional stages
+}
+
+
+class Factor(nn.Module):
+    """Multiplies its input by a number, and checks its width."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("factor", torch.ones(()), persistent=False)
+
+    def forward(self, x):
+        assert x.ndim == 4
+        assert x.shape[1] == self.channels
+        return x * self.factor
+
+
+def seeded(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_stage_and_its_feature(name):
+    """Each layer runs once, in order, on a tensor of its width; a layer that gives zero makes its feature zero."""
+    x, ran = image(name, batch=1), []
+    plain = seeded(name, features_only=True)
+    whole = seeded(name, attn_layer=Factor, attn_where="stage")
+    features = seeded(name, features_only=True, attn_layer=Factor, attn_where="stage")
+    for path, layer in attn_modules(whole).items():
+        layer.register_forward_hook(lambda *_, path=path: ran.append(path))
+    with torch.no_grad():
+        whole(x)
+        expected = plain(x)
+        assert all(torch.equal(a, b) for a, b in zip(features(x), expected, strict=True))
+        for layer in attn_modules(features).values():
+            layer.factor.zero_()
+        gated = {index for index, feature in enumerate(features(x)) if not feature.any()}
+    assert ran == [site.path for site in whole.attn_sites]
+    assert [site.stage for site in whole.attn_sites] == list(range(1, len(ran) + 1))
+    stem = {0} if plain.feature_info.reduction()[0] <= 2 else set()
+    assert set(range(len(expected))) - gated <= stem | OTHER_FEATURES.get(name, set())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}),
+        ("efficientnet_b0", {"blocks.0": 16, "blocks.1": 24, "blocks.2": 40, "blocks.4": 112, "blocks.6": 320}),
+        ("densenet121", {f"features.denseblock{i}.denselayer1": c for i, c in enumerate((256, 512, 1024, 1024), 1)}),
+        ("hrnet_w18_small", {f"incre_modules.{i}": c for i, c in enumerate((128, 256, 512, 1024))}),
+        (
+            "selecsls42",
+            {"features.1": 128, "features.3": 288, "features.5": 480, "head.1": 1024, "head.3": 1280},
+        ),
+        ("efficientvim_m1", {"stages.0.blocks.1": 128, "stages.1.blocks.1": 192, "stages.2.blocks.1": 320}),
+        ("xception41", {"blocks.0": 128, "blocks.1": 256, "blocks.10": 728, "blocks.12": 2048}),
+        ("vgg11", {"features.2": 64, "features.5": 128, "features.10": 256, "features.15": 512, "features.20": 512}),
+    ],
+)
+def test_where_the_layer_is(name, expected):
+    model = timm.create_model(name, attn_layer="eca", attn_where="stage", device="meta")
+    assert {s.path.removesuffix(".attn_stage"): s.channels for s in model.attn_sites} == expected
+    assert all(isinstance(model.get_submodule(site.path), EcaLayer) for site in model.attn_sites)
+
+
+def test_one_choice_per_stage():
+    kwargs = {"attn_layer": "eca", "attn_where": "stage", "device": "meta"}
+    model = timm.create_model("efficientnet_b0", attn_kwargs=[{"kernel_size": k} for k in (1, 3, 5, 7, 9)], **kwargs)
+    assert [m.conv.kernel_size[0] for m in attn_modules(model).values()] == [1, 3, 5, 7, 9]
+    model = timm.create_model("efficientnet_b0", attn_stages=(4, 5), **kwargs)
+    assert list(attn_modules(model)) == ["blocks.4.attn_stage", "blocks.6.attn_stage"]
+
+
+def test_a_stage_without_a_single_tensor():
+    with pytest.raises(ValueError, match=r"attn_where='stage' does not fit .* stage1 gives no single tensor"):
+        timm.create_model(
+            "hrnet_w18_small", features_only=True, feature_location="", attn_layer="eca", attn_where="stage"
+        )

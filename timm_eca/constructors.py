@@ -1,0 +1,58 @@
+"""Stand-ins for timm's model classes that construct a model with attention."""
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from .checkpoint import LoadGuard
+from .inject import inject_, label_
+from .making import build_layer, shapes_of
+from .placement import placed_site
+from .spec import AttnSpec
+
+__all__ = ["ConstructorByTimm", "ConstructorWithAttn"]
+
+_ModelT = TypeVar("_ModelT", bound=nn.Module)
+
+
+class ConstructorWithAttn(Generic[_ModelT]):
+    """A stand-in for a model class that constructs the model, then adds attention.
+
+    As `model_cls` of timm's `build_model_with_cfg` it puts the layers in between construction and weight loading.
+
+    Attributes:
+        model: The model constructed last, also where timm wraps it for feature extraction later.
+    """
+
+    def __init__(self, model_cls: Callable[..., _ModelT], spec: AttnSpec, name: str):
+        self.model_cls = model_cls
+        self.name = name
+        self.spec = spec
+        self.model: _ModelT | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _ModelT:
+        self.model = inject_(self.model_cls(*args, **kwargs), self.spec, self.name)
+        return self.model
+
+
+class ConstructorByTimm(ConstructorWithAttn[_ModelT]):
+    """A stand-in for a model class whose own configuration has `attn_layer`: timm's constructor places the layers."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _ModelT:
+        made: dict[nn.Module, int] = {}
+
+        def make(channels: int, device: Any = None, dtype: Any = None, **layer_kwargs: Any) -> nn.Module:
+            layer = build_layer(self.spec, channels, layer_kwargs, device, dtype)
+            made[layer] = channels
+            return layer
+
+        model = self.model_cls(*args, **kwargs, attn_layer=make, attn_kwargs=self.spec.kwargs_of(0))
+        sites = tuple(placed_site(model, path, made[m]) for path, m in model.named_modules() if m in made)
+        if not sites:  # some configurations have the argument and no block that heeds it
+            return super().__call__(*args, **kwargs)
+        plain = self.model_cls(*args, **{**kwargs, "device": "meta"})
+        stale = tuple(sorted(shapes_of(plain) - shapes_of(model)))
+        model.register_load_state_dict_pre_hook(LoadGuard(self.spec, sites, stale))
+        self.model = label_(model, self.spec, sites)
+        return self.model
