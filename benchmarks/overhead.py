@@ -4,16 +4,12 @@ Alternated runs, median of the per-round ratios or differences, with quartiles. 
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from measure import environment, summary, timed
 
 MODELS = ("resnet50", "convnext_tiny", "mobilenetv2_100")  # a slot of the block; forwards made for the layer
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
@@ -58,32 +54,6 @@ def import_seconds_added(rounds: int) -> dict[str, float]:
     code = "import timm, time; t = time.perf_counter(); import timm_eca; print(time.perf_counter() - t)"
     runs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True) for _ in range(rounds + 1)]
     return summary([float(run.stdout) for run in runs[1:]])  # the first one compiles and fills caches
-
-
-def timed(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": median, "quartile_low": low, "quartile_high": high, "rounds": len(values)}
-
-
-def environment() -> dict[str, object]:
-    import timm
-    import torch
-
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "timm": timm.__version__,
-        "torch": torch.__version__,
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""What the benchmarks share: alternated runs, ratios with their spread, and where and when they were made."""
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["alternate", "environment", "ratios", "summary", "timed"]
+
+
+def alternate(functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Return seconds of each function, one figure a round; every round runs all, each in turn first."""
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(warm_up + rounds):
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            taken = timed(functions[name])
+            if index >= warm_up:
+                seconds[name].append(taken)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Return, for each name, the time of the base over its own, round by round: above 1 is faster than the base."""
+    return {name: summary([b / s for b, s in zip(seconds[base], own)]) for name, own in seconds.items()}
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Return the seconds a call takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Return the median, its quartiles and the number of values."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": median, "quartile_low": low, "quartile_high": high, "rounds": len(values)}
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, machine, threads and date."""
+    import timm
+    import torch
+
+    from timm_eca.fused import native
+
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "timm": timm.__version__,
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "compiled_passes": native.loaded(),
+    }

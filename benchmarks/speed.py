@@ -1,0 +1,96 @@
+"""Speed against the plain backbone: networks, and with --tail the ends of their residual blocks alone.
+
+Every cell runs its systems alternately in one process, each in turn first, and reports the plain one's time over each
+one's, round by round: the median with its quartiles, above 1 is faster than plain. A cell that is done is kept in the
+results file and not run again, so a run can be stopped and gone on with; --again measures anew.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import alternate, environment, ratios
+from systems import SYSTEMS, create
+from tails import tail_cells
+from torch import nn
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tail", action="store_true", help="the tails alone, not the networks")
+    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50", "mobilenetv2_100"])
+    parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
+    parser.add_argument("--batches", nargs="+", type=int, default=None, help="networks: 1 8 32; tails: 8")
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--engines", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--size", type=int, default=224, help="pixels of each side (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=None, help="networks: 30; tails: 200")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--again", action="store_true", help="measure cells anew that are in the file")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file (default: results/speed.json or tail.json)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    out = args.out or RESULTS / ("tail.json" if args.tail else "speed.json")
+    batches = args.batches or ([8] if args.tail else [1, 8, 32])
+    rounds = args.rounds or (200 if args.tail else 30)
+    cells = json.loads(out.read_text())["cells"] if out.exists() else {}
+    grid = list(itertools.product(args.models, args.modes, batches, args.layouts, args.engines))
+    for cell in tqdm(grid, desc="cells"):
+        name = " ".join(map(str, cell)) + ("" if args.tail else f" {args.size}")
+        if args.again or name not in cells:
+            measure = tail_cells if args.tail else network
+            model, mode, batch, layout, engine = cell
+            figures = measure(model, mode, batch, LAYOUTS[layout], engine == "compiled", args.size, rounds)
+            cells[name] = {**figures, "environment": environment()}
+            out.write_text(json.dumps({"cells": cells}, indent=2) + "\n")
+    print(markdown(cells))
+
+
+def network(
+    backbone: str, mode: str, batch: int, layout: Any, compiled: bool, size: int, rounds: int
+) -> dict[str, Any]:
+    """Return the plain backbone's seconds and each system's ratio to it."""
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
+    systems = [s for s in SYSTEMS if s != "eca, plain path"]
+    steps = {s: step_of(create(backbone, s).to(memory_format=layout), x, mode, compiled) for s in systems}
+    seconds = alternate(steps, rounds, warm_up=3)
+    return {"plain_seconds": sorted(seconds["plain"])[rounds // 2], "ratio": ratios(seconds, "plain")}
+
+
+def step_of(model: nn.Module, x: torch.Tensor, mode: str, compiled: bool) -> Callable[[], object]:
+    """Return one inference, or one forward and backward pass."""
+    model.train(mode == "training")
+    call: Any = torch.compile(model, fullgraph=True) if compiled else model
+
+    def infer() -> None:
+        with torch.inference_mode():
+            call(x)
+
+    def train() -> None:
+        model.zero_grad()
+        call(x).sum().backward()
+
+    return train if mode == "training" else infer
+
+
+def markdown(cells: dict[str, Any]) -> str:
+    """Return one line a cell: the ratios, with their quartiles."""
+    systems = list(dict.fromkeys(s for figures in cells.values() for s in figures["ratio"] if s != "plain"))
+    lines = ["| cell | plain, ms | " + " | ".join(systems) + " |", "|---|---:" + "|---:" * len(systems) + "|"]
+    for name, figures in cells.items():
+        shown = [figures["ratio"].get(s) for s in systems]
+        texts = [f"{r['median']:.3f} ({r['quartile_low']:.3f}-{r['quartile_high']:.3f})" if r else "" for r in shown]
+        lines.append(f"| {name} | {figures['plain_seconds'] * 1e3:.2f} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

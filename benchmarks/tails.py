@@ -1,0 +1,95 @@
+"""The tails of a network's residual blocks alone: norm, attention, addition and ReLU at the shapes the network has."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from measure import alternate, ratios
+from systems import create
+from torch import Tensor, nn
+
+from timm_eca.fused import blocks
+
+__all__ = ["tail_cells"]
+
+
+def tail_cells(
+    backbone: str, mode: str, batch: int, layout: Any, compiled: bool, size: int, rounds: int
+) -> dict[str, Any]:
+    """Return the plain tails' seconds and the ratios to them, each a sum over all blocks of the network."""
+    seconds: dict[str, list[float]] = {
+        "plain": [0.0] * rounds,
+        "eca": [0.0] * rounds,
+        "eca, plain path": [0.0] * rounds,
+    }
+    for block, shape in block_shapes(backbone, batch, size):
+        calls = {name: step_of(tail, block, shape, mode, layout, compiled) for name, tail in TAILS.items()}
+        for name, own in alternate(calls, rounds, warm_up=5).items():
+            seconds[name] = [total + s for total, s in zip(seconds[name], own)]
+    return {"plain_seconds": sorted(seconds["plain"])[rounds // 2], "ratio": ratios(seconds, "plain")}
+
+
+def block_shapes(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, torch.Size]]:
+    """Return each fused block of a network with the shape of the map before its last norm."""
+    model = create(backbone, "eca").eval()
+    found = [m for m in model.modules() if isinstance(m, blocks.FusedBlock)]
+    shapes: list[torch.Size] = []
+    norms = [getattr(block, block._rule.norm) for block in found]
+    hooks = [norm.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape)) for norm in norms]
+    with torch.no_grad():
+        model(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    return ((block, torch.Size([batch, *shape[1:]])) for block, shape in zip(found, shapes))
+
+
+def step_of(
+    tail: Callable[..., Tensor], block: Any, shape: torch.Size, mode: str, layout: Any, compiled: bool
+) -> Callable[[], object]:
+    """Return one call of a tail, with its backward pass in training."""
+    training = mode == "training"
+    block.train(training)
+    adds = getattr(block, "has_skip", True)
+    z, shortcut, grad = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(3))
+    call: Any = torch.compile(tail, fullgraph=True) if compiled else tail
+
+    def infer() -> None:
+        with torch.no_grad():
+            call(block, z, shortcut if adds else None)
+
+    def train() -> None:
+        inputs = (z.detach().requires_grad_(), shortcut.detach().requires_grad_())
+        call(block, inputs[0], inputs[1] if adds else None).backward(grad)
+
+    return train if training else infer
+
+
+def plain(block: Any, z: Tensor, shortcut: Tensor | None) -> Tensor:
+    """What a backbone without attention computes, as timm's blocks do."""
+    return finish(block, getattr(block, block._rule.norm)(z), shortcut)
+
+
+def eca(block: Any, z: Tensor, shortcut: Tensor | None) -> Tensor:
+    """The same with ECA, operation by operation."""
+    rule = block._rule
+    return finish(block, getattr(block, rule.attn)(getattr(block, rule.norm)(z)), shortcut)
+
+
+def fused(block: Any, z: Tensor, shortcut: Tensor | None) -> Tensor:
+    """The same at once."""
+    parts = blocks.find_parts(block, block._rule)
+    assert parts is not None
+    weights = blocks._weights(parts, parts.norm.training, z, shortcut is not None)
+    tail = blocks.tail_formula if torch.compiler.is_compiling() else blocks.fused_tail
+    return tail(z, shortcut, weights, type(parts.act) is nn.ReLU)
+
+
+def finish(block: Any, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    """Add and activate: in place in ResNets, out of place in inverted residuals, as timm has it."""
+    if block._rule.act is None:
+        return x if shortcut is None else x + shortcut
+    x += shortcut
+    return getattr(block, block._rule.act)(x)
+
+
+TAILS = {"plain": plain, "eca": fused, "eca, plain path": eca}

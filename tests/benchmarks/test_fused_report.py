@@ -1,0 +1,31 @@
+import json
+import runpy
+import sys
+
+
+def test_docs_are_made_from_the_results(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    report = runpy.run_path(str(repository / "benchmarks" / "fused_report.py"))
+    text = (repository / "docs" / "fused.md").read_text()
+    assert report["render"](text) == text
+    for name in report["TABLES"]:
+        assert f"<!-- {name} -->\n|" in text
+
+
+def test_memory_as_committed(repository):
+    mib = json.loads((repository / "benchmarks/results/memory.json").read_text())["mib_per_image"]
+    for model, limit in {"resnet18": 1.005, "resnet50": 1.005, "resnet101": 1.005, "mobilenetv2_100": 1.01}.items():
+        assert mib[model]["eca"] / mib[model]["plain"] <= limit < mib[model]["timm's eca"] / mib[model]["plain"]
+
+
+def test_a_cell_of_speed(repository, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    out = tmp_path / "speed.json"
+    arguments = "--models resnet18 --modes training --batches 2 --layouts nchw --engines eager --size 32 --rounds 3"
+    for extra in ([], ["--tail"]):
+        monkeypatch.setattr(sys, "argv", ["speed.py", *arguments.split(), "--out", str(out), *extra])
+        runpy.run_path(str(repository / "benchmarks" / "speed.py"), run_name="__main__")
+    cells = json.loads(out.read_text())["cells"]
+    assert list(cells) == ["resnet18 training 2 nchw eager 32", "resnet18 training 2 nchw eager"]
+    assert all(figures["ratio"]["plain"]["median"] == 1 for figures in cells.values())
+    assert "| resnet18 training 2 nchw eager |" in capsys.readouterr().out
