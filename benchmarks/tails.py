@@ -22,15 +22,16 @@ def tail_cells(
         "eca": [0.0] * rounds,
         "eca, plain path": [0.0] * rounds,
     }
-    for block, shape in block_shapes(backbone, batch, size):
+    for block, shape, count in distinct_tails(backbone, batch, size):
+        torch.compiler.reset()  # of what was compiled for other shapes
         calls = {name: step_of(tail, block, shape, mode, layout, compiled) for name, tail in TAILS.items()}
         for name, own in alternate(calls, rounds, warm_up=5).items():
-            seconds[name] = [total + s for total, s in zip(seconds[name], own)]
+            seconds[name] = [total + count * s for total, s in zip(seconds[name], own)]
     return {"plain_seconds": sorted(seconds["plain"])[rounds // 2], "ratio": ratios(seconds, "plain")}
 
 
-def block_shapes(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, torch.Size]]:
-    """Return each fused block of a network with the shape of the map before its last norm."""
+def distinct_tails(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, torch.Size, int]]:
+    """Return the blocks of a network whose tails differ, the shape of the map before the norm, and how many each."""
     model = create(backbone, "eca").eval()
     found = [m for m in model.modules() if isinstance(m, blocks.FusedBlock)]
     shapes: list[torch.Size] = []
@@ -40,7 +41,9 @@ def block_shapes(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, to
         model(torch.zeros(1, 3, size, size))
     for hook in hooks:
         hook.remove()
-    return ((block, torch.Size([batch, *shape[1:]])) for block, shape in zip(found, shapes))
+    kinds = [(tuple(shape[1:]), getattr(block, "has_skip", True)) for block, shape in zip(found, shapes)]
+    for kind in dict.fromkeys(kinds):
+        yield found[kinds.index(kind)], torch.Size([batch, *kind[0]]), kinds.count(kind)
 
 
 def step_of(

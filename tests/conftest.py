@@ -1,5 +1,6 @@
 """Shared by all tests: one thread per worker, and helpers that many files use."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and so in all we start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:

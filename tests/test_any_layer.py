@@ -97,7 +97,7 @@ class TestPruned:
         theirs = timm.create_model("ecaresnet50d_pruned").eval()
         weights = {"state_dict": theirs.state_dict(), "file": None}
         model = timm.create_model(
-            "ecaresnet50d_pruned", attn_layer="eca", pretrained=True, pretrained_cfg_overlay=weights
+            "ecaresnet50d_pruned", attn_layer="eca", pretrained=True, pretrained_cfg_overlay=weights, fused=False
         )
         x = torch.randn(1, 3, 64, 64)
         assert torch.equal(model.eval()(x), theirs(x))

@@ -10,7 +10,7 @@ from timm_eca.models import ENTRYPOINTS
 
 def test_snippets_run(repository, run_python):
     snippets = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     printed = run_python("\n".join(snippets))
     assert "layer1.0.se 1 64" in printed
     assert "'scale'" in printed
