@@ -136,7 +136,7 @@ def _cut(name: str) -> Callable[[Any], None]:
 
 def _reduce(block: Any, protocol: int) -> tuple[Any, ...]:
     """How pickle and copy make such a block again: its class is not one that can be imported."""
-    return _make, block._made_from, block.__dict__
+    return _make, block._made_from, block.__getstate__()
 
 
 def _make(block_cls: type[nn.Module], gates: tuple[Gate, ...]) -> nn.Module:

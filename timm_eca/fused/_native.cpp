@@ -118,30 +118,31 @@ template <typename T> void moments(const T* z, const Shape& d, Index b, Index c0
   }
 }
 
-// out = z * scale + shift, plus other, after ReLU. NaN stays NaN.
+// out = (z - centre) * scale + offset, plus other, after ReLU. NaN stays NaN.
 template <typename T, bool kAdd, bool kRelu> struct Affine {
-  static T of(T z, T scale, T shift, T other) {
-    T y = z * scale + shift;
+  static T of(T z, T centre, T scale, T offset, T other) {
+    T y = (z - centre) * scale + offset;
     if (kAdd) y += other;
     return kRelu && y < T(0) ? T(0) : y;
   }
 };
 
 template <typename T, bool kAdd, bool kRelu>
-void affine(const T* z, const T* other, T* out, const T* scale, const T* shift, const Shape& d, Index c0, Index c1) {
+void affine(const T* z, const T* other, T* out, const T* centre, const T* scale, const T* offset, const Shape& d,
+            Index c0, Index c1) {
   if (d.nhwc) {
     for (Index i = 0; i < d.area; ++i)
 #pragma omp simd
       for (Index c = c0; c < c1; ++c) {
         Index at = i * d.channels + c;
-        out[at] = Affine<T, kAdd, kRelu>::of(z[at], scale[c], shift[c], kAdd ? other[at] : T(0));
+        out[at] = Affine<T, kAdd, kRelu>::of(z[at], centre[c], scale[c], offset[c], kAdd ? other[at] : T(0));
       }
   } else {
     for (Index c = c0; c < c1; ++c) {
-      T a = scale[c], h = shift[c];
+      T m = centre[c], a = scale[c], h = offset[c];
 #pragma omp simd
       for (Index at = c * d.area; at < (c + 1) * d.area; ++at)
-        out[at] = Affine<T, kAdd, kRelu>::of(z[at], a, h, kAdd ? other[at] : T(0));
+        out[at] = Affine<T, kAdd, kRelu>::of(z[at], m, a, h, kAdd ? other[at] : T(0));
     }
   }
 }
@@ -193,22 +194,22 @@ void block_dots(const T* grad, const T* out, const T* z, T* g, Index n, Index st
   }
 }
 
-// dz = g * scale + z * slope + shift
+// dz = g * scale + (z - centre) * slope + shift
 template <typename T>
-void map_grad(const T* g, const T* z, T* dz, const T* scale, const T* slope, const T* shift, const Shape& d, Index c0,
-              Index c1) {
+void map_grad(const T* g, const T* z, T* dz, const T* scale, const T* centre, const T* slope, const T* shift,
+              const Shape& d, Index c0, Index c1) {
   if (d.nhwc) {
     for (Index i = 0; i < d.area; ++i)
 #pragma omp simd
       for (Index c = c0; c < c1; ++c) {
         Index at = i * d.channels + c;
-        dz[at] = g[at] * scale[c] + z[at] * slope[c] + shift[c];
+        dz[at] = g[at] * scale[c] + (z[at] - centre[c]) * slope[c] + shift[c];
       }
   } else {
     for (Index c = c0; c < c1; ++c) {
-      T a = scale[c], s = slope[c], h = shift[c];
+      T a = scale[c], m = centre[c], s = slope[c], h = shift[c];
 #pragma omp simd
-      for (Index at = c * d.area; at < (c + 1) * d.area; ++at) dz[at] = g[at] * a + z[at] * s + h;
+      for (Index at = c * d.area; at < (c + 1) * d.area; ++at) dz[at] = g[at] * a + (z[at] - m) * s + h;
     }
   }
 }
@@ -251,13 +252,12 @@ void gate_of(const Weights<T>& w, const T* norm, const T* pooled, Index channels
 }
 
 template <typename T>
-void gains_of(const Weights<T>& w, const T* norm, const T* pooled, Index channels, Index b, T* scale, T* shift) {
-  T* q = shift;  // each q is read before its place is written
-  gate_of(w, norm, pooled, channels, b, q, scale);
+void gains_of(const Weights<T>& w, const T* norm, const T* pooled, Index channels, Index b, T* scale, T* offset) {
+  T *q = offset, *gate = scale;  // each is read before its place is written
+  gate_of(w, norm, pooled, channels, b, q, gate);
   for (Index c = 0; c < channels; ++c) {
-    T gate = scale[c];
-    scale[c] = gate * norm[c];
-    shift[c] = gate * q[c] - scale[c] * pooled[c];
+    offset[c] = gate[c] * q[c];
+    scale[c] = gate[c] * norm[c];
   }
 }
 
@@ -305,13 +305,12 @@ void update_running(const Shape& d, const T* mean, const T* var, T* running_mean
 }
 
 template <typename T>
-void apply(const T* z, const T* other, T* out, const T* scale, const T* shift, const Shape& d, Index b, Index c0,
-           Index c1, bool relu) {
+void apply(const T* z, const T* other, T* out, const T* centre, const T* scale, const T* offset, const Shape& d,
+           Index b, Index c0, Index c1, bool relu) {
   Index at = b * d.channels * d.area, v = b * d.channels;
-  z += at, out += at, scale += v, shift += v;
-  if (!other) return affine<T, false, false>(z, nullptr, out, scale, shift, d, c0, c1);
-  if (relu) return affine<T, true, true>(z, other + at, out, scale, shift, d, c0, c1);
-  affine<T, true, false>(z, other + at, out, scale, shift, d, c0, c1);
+  auto run = other ? (relu ? affine<T, true, true> : affine<T, true, false>)
+                   : (relu ? affine<T, false, true> : affine<T, false, false>);
+  run(z + at, other ? other + at : nullptr, out + at, centre + v, scale + v, offset + v, d, c0, c1);
 }
 
 template <typename T>
@@ -319,20 +318,23 @@ void forward(const Shape& d, const T* z, const T* other, T* out, Weights<T> w, T
              bool of_batch, bool relu) {
   Index channels = d.channels, vectors = d.batch * channels;
   std::vector<T> space(2 * vectors + 2 * channels);
-  T *scale = space.data(), *shift = scale + vectors, *inverse = shift + vectors, *norm = inverse + channels;
-  auto pool = [=](Index b, Index c0, Index c1) { moments<T>(z, d, b, c0, c1, pooled, of_batch ? shift : nullptr); };
+  T *scale = space.data(), *offset = scale + vectors, *inverse = offset + vectors, *norm = inverse + channels;
+  T* square = of_batch ? offset : nullptr;
+  auto pool = [=](Index b, Index c0, Index c1) { moments<T>(z, d, b, c0, c1, pooled, square); };
   auto gains = [=](Index b) {
     Index v = b * channels;
-    gains_of(w, norm, pooled + v, channels, b, scale + v, shift + v);
+    gains_of(w, norm, pooled + v, channels, b, scale + v, offset + v);
   };
-  auto write = [=](Index b, Index c0, Index c1) { apply(z, other, out, scale, shift, d, b, c0, c1, relu); };
+  auto write = [=](Index b, Index c0, Index c1) {
+    apply(z, other, out, pooled, scale, offset, d, b, c0, c1, relu);
+  };
   if (!of_batch && d.batch >= d.threads) {  // a sample at a time: its second read comes from the cache
     norm_of(w, channels, inverse, norm);
     for_samples(d, [=](Index b) { pool(b, 0, channels), gains(b), write(b, 0, channels); });
     return;
   }
   for_channels(d, pool);
-  if (of_batch) batch_moments(d, pooled, shift, mean, var);
+  if (of_batch) batch_moments(d, pooled, square, mean, var);
   norm_of(w, channels, inverse, norm);
   for_samples(d, gains);
   for_channels(d, write);
@@ -412,7 +414,7 @@ void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* 
   if (of_batch)
     for (Index c = 0; c < channels; ++c) {
       slope[c] = T(-dnorm[c] * norm[c] * inverse[c] * inverse[c] / count);
-      common[c] = T(-dmean[c] * norm[c] / count) - slope[c] * w.mean[c];
+      common[c] = T(-dmean[c] * norm[c] / count);
     }
   T* shift = dq;
   for (Index b = 0; b < d.batch; ++b)
@@ -423,7 +425,7 @@ void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* 
   const T* masked = out ? g : grad;
   for_channels(d, [=](Index b, Index c0, Index c1) {
     Index at = b * channels * d.area, v = b * channels;
-    map_grad(masked + at, z + at, dz + at, scale + v, slope, shift + v, d, c0, c1);
+    map_grad(masked + at, z + at, dz + at, scale + v, w.mean, slope, shift + v, d, c0, c1);
   });
 }
 

@@ -1,5 +1,6 @@
 """Blocks that compute their tail at once where they can, and plainly where they cannot."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +38,7 @@ class FusedBlock(nn.Module):
 
     _rule: TailRule
     _halves: Halves
+    _plain_forward: Callable[..., Tensor]
     _parts: Parts | None = None
     _zero_kernel: int | bool | None = None
 
@@ -48,7 +50,8 @@ class FusedBlock(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         plain = plain_class(type(self))
-        state = {name: value for name, value in self.__dict__.items() if name not in self.__jit_ignored_attributes__}
+        kept = self.__getstate__()
+        state = {name: value for name, value in kept.items() if name not in self.__jit_ignored_attributes__}
         return _make, getattr(plain, "_made_from", (plain, ())), state
 
 
@@ -112,7 +115,11 @@ def _fused_class(cls: Any) -> type[FusedBlock] | None:
     if halves is None:
         return None
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (FusedBlock, cls), {**names, "_rule": rule, "_halves": halves})
+    return type(
+        cls.__name__,
+        (FusedBlock, cls),
+        {**names, "_rule": rule, "_halves": halves, "_plain_forward": staticmethod(cls.forward)},
+    )
 
 
 def plain_class(cls: type[FusedBlock]) -> type[nn.Module]:
@@ -129,21 +136,21 @@ def _make(block_cls: type[nn.Module], gates: Any) -> nn.Module:
 
 def _fitting_parts(block: Any, x: object) -> Parts | None:
     """Return the parts of a block's tail if it can be fused now."""
-    if type(x) is not Tensor or x.is_meta:
+    if type(x) is not Tensor or x.is_meta or block._compiled_call_impl is not None:
         return None
     if torch.compiler.is_compiling():
         # Exported graphs keep the norms that quantizers and converters look for.
-        return None if torch.compiler.is_exporting() else _present(find_parts(block, block._rule))
-    if not unwatched():
+        return None if torch.compiler.is_exporting() else _present(block, find_parts(block, block._rule))
+    if not unwatched() or type(block).forward is not block._plain_forward:
         return None
     parts = block._parts
-    if parts is None or not parts.still_fit():
-        parts = block._parts = _present(find_parts(block, block._rule))
+    if parts is None or not parts.still_fit(block):
+        parts = block._parts = _present(block, find_parts(block, block._rule))
     return None if parts is None or _starts_as_identity(block, parts) else parts
 
 
-def _present(parts: Parts | None) -> Parts | None:
-    return parts if parts is not None and parts.still_fit() else None
+def _present(block: nn.Module, parts: Parts | None) -> Parts | None:
+    return parts if parts is not None and parts.still_fit(block) else None
 
 
 def _starts_as_identity(block: Any, parts: Parts) -> bool:

@@ -4,7 +4,8 @@ Asked at every call, because hooks come and go and modules get replaced; so it m
 transforms single operations (hooks, modes, tracers, functorch) gets the plain path.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, DropPath, EcaModule, FrozenBatchNormAct2d, SyncBatchNormAct
@@ -32,7 +33,8 @@ def is_eca(layer: Any) -> bool:
     return _is_channel_conv(layer.conv) and not any(True for _ in layer.gate.parameters())
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True, eq=False)  # no tuple: exporters walk through those that modules hold
+class Parts:
     """The modules of a block's tail, and what would tell that they are no longer what they were.
 
     Attributes:
@@ -43,6 +45,7 @@ class Parts(NamedTuple):
         act: The activation after the addition, None where there is none.
         places: Where each module was found: a module's children, a name in them, and who was there.
         hooks: The modules' dictionaries of hooks.
+        attributes: The modules' own attributes; a forward among them is somebody's patch.
     """
 
     norm: Any
@@ -52,14 +55,20 @@ class Parts(NamedTuple):
     act: Any
     places: tuple[tuple[dict[str, Any], str, Any], ...]
     hooks: tuple[dict[int, Any], ...]
+    attributes: tuple[dict[str, Any], ...]
 
-    def still_fit(self) -> bool:
-        """Whether the same modules are in their places, unheard by any hook."""
+    def still_fit(self, block: nn.Module) -> bool:
+        """Whether the same modules are in their places in this block, unheard by any hook, and not patched."""
+        if self.places and self.places[0][0] is not block._modules:  # a replica took over the original's parts
+            return False
         for children, name, module in self.places:
             if children.get(name) is not module:
                 return False
         if any(self.hooks):
             return False
+        for attributes in self.attributes:
+            if "forward" in attributes:
+                return False
         return not (self.norm.training and type(self.norm) in _SYNC_NORMS)  # those statistics are all processes'
 
 
@@ -73,11 +82,12 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         return None
     heard = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act) if m is not None]
     if torch.compiler.is_compiling():  # the compiler watches by itself, and would be slow to follow this
-        return None if any(_is_heard(m) for m in heard) else Parts(norm, attn, drop_path, downsample, act, (), ())
+        return None if any(_is_heard(m) for m in heard) else Parts(norm, attn, drop_path, downsample, act, (), (), ())
     of_block = [rule.conv, rule.norm, rule.attn, "drop_path", "downsample", *([rule.act] if rule.act else [])]
     owned = [(block, of_block), (attn, ["conv", "gate"]), (norm, ["act", "drop"])]
     places = tuple((m._modules, name, m._modules.get(name)) for m, names in owned for name in names)
-    return Parts(norm, attn, drop_path, downsample, act, places, tuple(d for m in heard for d in _hooks(m)))
+    hooks = tuple(d for m in heard for d in _hooks(m))
+    return Parts(norm, attn, drop_path, downsample, act, places, hooks, tuple(m.__dict__ for m in heard))
 
 
 def map_fits(z: Tensor, of_batch: bool) -> bool:

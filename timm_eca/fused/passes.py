@@ -25,8 +25,9 @@ def forward(
     shift = torch.addcmul(offset, scale, pooled, value=-1)
     into = z if inplace else None
     if shortcut is None:
-        return torch.addcmul(_as_map(shift, z), z, _as_map(scale, z), out=into), pooled, moments
-    out = torch.addcmul(shortcut, z, _as_map(scale, z), out=into).add_(_as_map(shift, z))
+        out = torch.addcmul(_as_map(shift, z), z, _as_map(scale, z), out=into)
+    else:
+        out = torch.addcmul(shortcut, z, _as_map(scale, z), out=into).add_(_as_map(shift, z))
     return (out.relu_() if relu else out), pooled, moments
 
 

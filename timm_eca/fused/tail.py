@@ -59,7 +59,8 @@ class _FusedTail(torch.autograd.Function):
             grads = _differentiable(grad, out, z, weights, ctx.needs_input_grad, of_batch)
         else:
             wanted = [*ctx.needs_input_grad[:5], of_batch]
-            grads = ctx.engine.backward(_as_format(grad, z), out, z, pooled, weights, wanted)
+            engine = ctx.engine if torch._C._has_storage(grad) else passes  # a batch of gradients has no address
+            grads = engine.backward(_as_format(grad, z), out, z, pooled, weights, wanted)
         return *grads, None, None
 
 
