@@ -23,6 +23,9 @@ bench: $(VENV)/.with-dev
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 	$(BIN)/python benchmarks/complexity.py
 	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/speed.py --tail --engines eager
+	$(BIN)/python benchmarks/fused_report.py
 
 hub-configs: $(VENV)/.with-dev
 	$(BIN)/python hub_configs/generate.py

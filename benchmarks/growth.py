@@ -19,13 +19,15 @@ DEPTHS = (18, 34, 50, 101, 152)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each point (default: %(default)s)")
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="pixels (default: %(default)s)")
+    parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS, help="layers (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS / "growth.json", help="JSON file; the plot goes beside it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     points = {
-        "size": {size: point("resnet50", size, args.rounds) for size in SIZES},
-        "depth": {depth: point(f"resnet{depth}", 224, args.rounds) for depth in DEPTHS},
+        "size": {size: point("resnet50", size, args.rounds) for size in args.sizes},
+        "depth": {depth: point(f"resnet{depth}", 224, args.rounds) for depth in args.depths},
     }
     results = {**points, "rounds": args.rounds, "environment": environment()}
     args.out.write_text(json.dumps(results, indent=2) + "\n")

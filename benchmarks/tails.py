@@ -80,7 +80,7 @@ def eca(block: Any, z: Tensor, shortcut: Tensor | None) -> Tensor:
 
 def fused(block: Any, z: Tensor, shortcut: Tensor | None) -> Tensor:
     """The same at once."""
-    parts = blocks.find_parts(block, block._rule)
+    parts = blocks._fitting_parts(block, z)  # the looking is part of the price
     assert parts is not None
     weights = blocks._weights(parts, parts.norm.training, z, shortcut is not None)
     tail = blocks.tail_formula if torch.compiler.is_compiling() else blocks.fused_tail
