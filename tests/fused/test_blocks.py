@@ -153,6 +153,20 @@ class TestOracle:
         check_step(model.train(train))
         assert len(calls) == len(blocks_of(model))
 
+    @pytest.mark.parametrize("compiled_passes", [True, False])
+    def test_cumulative_average_of_several_batches(self, calls, monkeypatch, compiled_passes):
+        if not compiled_passes:
+            monkeypatch.setattr("timm_eca.fused.native._library", dict)
+        model = small().double().train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        plain = plain_twin(model)
+        for batch in (2, 3, 4):  # of other images each: equal batches have any weights for an average
+            actual, expected = step(model, pixels(batch)), step(plain, pixels(batch))
+        assert_same(actual, expected)
+        assert len(calls) == 3 * len(blocks_of(model))
+
     def test_statistics_frozen_by_eval(self, calls):
         model = small().double().train()
         for block in blocks_of(model):

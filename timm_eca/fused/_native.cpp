@@ -1,6 +1,6 @@
 // The passes of a fused tail for CPUs: one read of a map for its statistics, one for the result, vectors in between.
 //
-// tail.py has the formulas and the names. Maps are (B, C, N), or (B, N, C) where `nhwc` is set, N being H * W; vectors
+// formula.py has the formula and the names. Maps are (B, C, N), or (B, N, C) where `nhwc` is set, N being H * W; vectors
 // are (B, C) or (C). No Python and no PyTorch header is needed: pointers and sizes come by ctypes from native.py.
 
 #include <cmath>

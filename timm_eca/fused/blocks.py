@@ -205,9 +205,11 @@ def _running(norm: Any) -> Running | None:
     """Return the statistics that batch norm updates, as `torch.nn.BatchNorm2d` decides it, and count the batch."""
     if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
         return None
-    factor = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if factor is None:
-            factor = 1 / norm.num_batches_tracked
+    factor, count = norm.momentum, norm.num_batches_tracked
+    if count is not None:
+        count.add_(1)
+        if factor is None and torch.compiler.is_compiling():  # a number would break the graph
+            factor = 1 / count.to(norm.running_mean.dtype)
+        elif factor is None:
+            factor = 1 / float(count)
     return Running(norm.running_mean, norm.running_var, 0.0 if factor is None else factor)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Moments", "Running", "TailWeights", "gains", "tail_formula", "update_running", "vector_dtype"]
+__all__ = ["Moments", "Running", "TailWeights", "gains", "layout_of", "tail_formula", "update_running", "vector_dtype"]
 
 
 class Moments(NamedTuple):
@@ -110,6 +110,11 @@ def gains(pooled: Tensor, moments: Moments, weights: TailWeights) -> tuple[Tenso
 def vector_dtype(z: Tensor) -> torch.dtype:
     """Return the type of a map's statistics and gains: float32 for half precision, as batch norm has it."""
     return torch.promote_types(z.dtype, torch.float32)
+
+
+def layout_of(z: Tensor) -> torch.memory_format:
+    """Return the memory format of a map."""
+    return torch.contiguous_format if z.is_contiguous() else torch.channels_last
 
 
 def _batch_moments(x: Tensor, pooled: Tensor) -> Moments:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formula import Moments, TailWeights
+from .formula import Moments, TailWeights, layout_of
 
 __all__ = ["backward", "forward", "loaded", "takes"]
 
@@ -63,7 +63,7 @@ def forward(
     pooled = z.new_empty(z.shape[:2])
     moments = weights.moments or Moments(z.new_empty(z.shape[1]), z.new_empty(z.shape[1]))
     running_mean, running_var, factor = weights.running or (None, None, 0.0)
-    shortcut = None if shortcut is None else shortcut.contiguous(memory_format=_layout(z))
+    shortcut = None if shortcut is None else shortcut.contiguous(memory_format=layout_of(z))
     _library()["forward", z.dtype](
         _shape(z),
         *map(_data, (z, shortcut, out, weights.weight, weights.bias, weights.kernel)),
@@ -101,10 +101,6 @@ def backward(
 def _shape(z: Tensor) -> Any:
     batch, channels, height, width = z.shape
     return (ctypes.c_int64 * 5)(batch, channels, height * width, not z.is_contiguous(), torch.get_num_threads())
-
-
-def _layout(z: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if z.is_contiguous() else torch.channels_last
 
 
 def _data(tensor: Tensor | None) -> int | None:

@@ -7,7 +7,7 @@ from timm.layers import Sigmoid
 from torch import Tensor, nn
 
 from . import native, passes
-from .formula import Moments, TailWeights, tail_formula
+from .formula import Moments, TailWeights, layout_of, tail_formula
 
 __all__ = ["fused_tail"]
 
@@ -76,5 +76,4 @@ def _differentiable(grad: Tensor, out: Tensor | None, z: Tensor, weights: TailWe
 
 def _as_format(grad: Tensor, z: Tensor) -> Tensor:
     """Return a gradient in the type and memory format of a map: pooling hands back expanded ones."""
-    layout = torch.contiguous_format if z.is_contiguous() else torch.channels_last
-    return grad.to(z.dtype).contiguous(memory_format=layout)
+    return grad.to(z.dtype).contiguous(memory_format=layout_of(z))
