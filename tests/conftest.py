@@ -118,3 +118,19 @@ def saved(resnet18, tmp_path):
         return tmp_path / name
 
     return save
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """The calls of fused tails, each by whether a ReLU ended it."""
+    from timm_eca.fused import blocks
+
+    made = []
+
+    def count(*args):
+        made.append(args[3])
+        return tail(*args)
+
+    tail = blocks.fused_tail
+    monkeypatch.setattr(blocks, "fused_tail", count)
+    return made
