@@ -6,7 +6,7 @@ Paper: A^2-Nets: Double Attention Networks, NeurIPS 2018, https://arxiv.org/abs/
 import torch
 from torch import nn
 
-from .checks import positive_int
+from .checks import reduced_channels
 from .registry import register_attn
 
 __all__ = ["DoubleAttn"]
@@ -35,8 +35,7 @@ class DoubleAttn(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 4, device=None, dtype=None):
         super().__init__()
-        channels, reduction = positive_int("channels", channels), positive_int("reduction", reduction)
-        width = max(channels // reduction, 1)
+        channels, width = reduced_channels(channels, reduction)
         self.phi = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
         self.theta = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
         self.rho = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)

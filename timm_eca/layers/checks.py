@@ -2,7 +2,7 @@
 
 import operator
 
-__all__ = ["odd_kernel_size", "positive_int"]
+__all__ = ["odd_kernel_size", "positive_int", "reduced_channels"]
 
 
 def positive_int(name: str, value: int) -> int:
@@ -15,6 +15,16 @@ def positive_int(name: str, value: int) -> int:
     if number < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     return number
+
+
+def reduced_channels(channels: int, reduction: int) -> tuple[int, int]:
+    """Return a number of channels, and what a reduction leaves of it: at least one.
+
+    Raises:
+        ValueError: If either is not a positive integer.
+    """
+    channels, reduction = positive_int("channels", channels), positive_int("reduction", reduction)
+    return channels, max(channels // reduction, 1)
 
 
 def odd_kernel_size(value: int, name: str = "kernel_size", accepted: str = "") -> int:

@@ -6,7 +6,7 @@ Paper: Dual Attention Network for Scene Segmentation, CVPR 2019, https://arxiv.o
 import torch
 from torch import nn
 
-from .checks import positive_int
+from .checks import reduced_channels
 from .registry import register_attn
 
 __all__ = ["DualAttn"]
@@ -35,8 +35,7 @@ class DualAttn(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 8, device=None, dtype=None):
         super().__init__()
-        channels, reduction = positive_int("channels", channels), positive_int("reduction", reduction)
-        width = max(channels // reduction, 1)
+        channels, width = reduced_channels(channels, reduction)
         self.query = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
         self.key = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
         self.value = nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)

@@ -7,7 +7,7 @@ https://arxiv.org/abs/1810.12348, Section 3.3 and 4.
 import torch
 from torch import nn
 
-from .checks import positive_int
+from .checks import positive_int, reduced_channels
 from .registry import register_attn
 
 __all__ = ["GeThetaPlus"]
@@ -54,7 +54,7 @@ class GeThetaPlus(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        channels, reduction = positive_int("channels", channels), positive_int("reduction", reduction)
+        channels, hidden = reduced_channels(channels, reduction)
         placed = {"device": device, "dtype": dtype}
         self.feat_size = None if feat_size is None else tuple(feat_size)
         self.gather = nn.Sequential()
@@ -65,7 +65,6 @@ class GeThetaPlus(nn.Module):
                 if index:
                     self.gather.append(nn.ReLU())
                 self.gather.append(_depthwise(channels, 3, 2, 1, **placed))
-        hidden = max(channels // reduction, 1)
         self.fc1 = nn.Conv2d(channels, hidden, 1, **placed)
         self.act = nn.ReLU()
         self.fc2 = nn.Conv2d(hidden, channels, 1, **placed)

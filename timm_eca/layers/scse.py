@@ -7,7 +7,7 @@ https://arxiv.org/abs/1803.02579.
 import torch
 from torch import nn
 
-from .checks import positive_int
+from .checks import reduced_channels
 from .registry import register_attn
 
 __all__ = ["ScSe"]
@@ -33,8 +33,7 @@ class ScSe(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 2, device=None, dtype=None):
         super().__init__()
-        channels, reduction = positive_int("channels", channels), positive_int("reduction", reduction)
-        hidden = max(channels // reduction, 1)
+        channels, hidden = reduced_channels(channels, reduction)
         self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
         self.act = nn.ReLU()
         self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .channel_gate import ChannelGate
-from .checks import positive_int
+from .checks import reduced_channels
 from .registry import register_attn
 
 __all__ = ["SePaper"]
@@ -33,8 +33,7 @@ class SePaper(ChannelGate):
 
     def __init__(self, channels: int, reduction: int = 16, device=None, dtype=None):
         super().__init__()
-        channels, reduction = positive_int("channels", channels), positive_int("reduction", reduction)
-        hidden = max(channels // reduction, 1)
+        channels, hidden = reduced_channels(channels, reduction)
         self.fc1 = nn.Linear(channels, hidden, bias=False, device=device, dtype=dtype)
         self.act = nn.ReLU()
         self.fc2 = nn.Linear(hidden, channels, bias=False, device=device, dtype=dtype)
