@@ -58,6 +58,7 @@ def network(
     backbone: str, mode: str, batch: int, layout: Any, compiled: bool, size: int, rounds: int
 ) -> dict[str, Any]:
     """Return the plain backbone's seconds and each system's ratio to it."""
+    torch.compiler.reset()  # of what was compiled for other cells
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
     systems = [s for s in SYSTEMS if s != "eca, plain path"]
     steps = {s: step_of(create(backbone, s).to(memory_format=layout), x, mode, compiled) for s in systems}

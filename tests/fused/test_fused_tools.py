@@ -11,14 +11,13 @@ from fused_models import (
     MODELS,
     assert_same,
     blocks_of,
+    compiler_calls_blocks,
     create,
     pixels,
     plain_twin,
     small,
     step,
 )
-
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 class TestTools:
@@ -78,7 +77,7 @@ class TestTools:
         actual = {kind: {n.removeprefix("_orig_mod."): t for n, t in ts.items()} for kind, ts in actual.items()}
         assert_same(actual, expected)
 
-    @pytest.mark.skipif(TORCH < (2, 15), reason="the compiler of PyTorch 2.8 fused_calls forward: the plain path")
+    @compiler_calls_blocks
     def test_compiled_tails_have_no_norm(self):
         model = small().eval()
         graphs = []
@@ -171,7 +170,7 @@ class TestTools:
 
     def test_step_without_library(self, run_python):
         code = (
-            "import timm, torch, timm_eca; from timm_eca.fused import native, blocks; native._library = dict\n"
+            "import timm, torch, timm_eca; from timm_eca.fused import native, blocks; native._functions = {}\n"
             "calls = []; tail = blocks.fused_tail; blocks.fused_tail = lambda *a: calls.append(1) or tail(*a)\n"
             "torch.manual_seed(0); model = timm.create_model('resnet18', attn_layer='eca')\n"
             "optimizer = torch.optim.SGD(model.parameters(), 0.01); x, y = torch.randn(4, 3, 64, 64), torch.arange(4)\n"

@@ -572,7 +572,7 @@ class TestEngines:
         assert taken == [("passes", "forward")]
 
     def test_without_library(self, monkeypatch):
-        monkeypatch.setattr(native, "_library", dict)
+        monkeypatch.setattr(native, "_functions", {})
         assert not native.loaded()
         assert (
             tail._engine(

@@ -429,26 +429,47 @@ void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* 
   });
 }
 
+// ---- calls: what native.py packs, field by field ----
+
+template <typename T> struct Forward {
+  Shape shape;
+  Index size, of_batch, relu;
+  double eps, factor;
+  const T *z, *other;
+  T* out;
+  const T *gamma, *beta, *kernel;
+  T *mean, *var;
+  const T* drop;
+  T *pooled, *running_mean, *running_var;
+
+  void run() const {
+    Weights<T> weights{gamma, beta, kernel, mean, var, drop, size, T(eps)};
+    std::vector<T> unkept(pooled ? 0 : shape.batch * shape.channels);
+    forward<T>(shape, z, other, out, weights, mean, var, pooled ? pooled : unkept.data(), of_batch, relu);
+    if (running_mean) update_running(shape, mean, var, running_mean, running_var, factor);
+  }
+};
+
+template <typename T> struct Backward {
+  Shape shape;
+  Index size, of_batch, unused;
+  double eps;
+  const T *grad, *out, *z;
+  T *masked, *dz;
+  const T *gamma, *beta, *kernel, *mean, *var, *drop, *pooled;
+  T *dgamma, *dbeta, *dkernel;
+
+  void run() const {
+    Weights<T> weights{gamma, beta, kernel, mean, var, drop, size, T(eps)};
+    backward<T>(shape, grad, out, z, masked, dz, weights, pooled, dgamma, dbeta, dkernel, of_batch);
+  }
+};
+
 }  // namespace
 
-#define TAIL(T, NAME)                                                                                              \
-  extern "C" void tail_forward_##NAME(const Index* shape, const T* z, const T* other, T* out, const T* gamma,       \
-                                      const T* beta, const T* kernel, Index size, T* mean, T* var, const T* drop,   \
-                                      double eps, T* pooled, T* running_mean, T* running_var, double factor,        \
-                                      int of_batch, int relu) {                                                     \
-    Shape d{shape[0], shape[1], shape[2], shape[3], shape[4]};                                                      \
-    Weights<T> w{gamma, beta, kernel, mean, var, drop, size, T(eps)};                                               \
-    forward<T>(d, z, other, out, w, mean, var, pooled, of_batch, relu);                                             \
-    if (running_mean) update_running(d, mean, var, running_mean, running_var, factor);                              \
-  }                                                                                                                 \
-  extern "C" void tail_backward_##NAME(const Index* shape, const T* grad, const T* out, const T* z, T* g, T* dz,    \
-                                       const T* gamma, const T* beta, const T* kernel, Index size, const T* mean,   \
-                                       const T* var, const T* drop, double eps, const T* pooled, T* dgamma,         \
-                                       T* dbeta, T* dkernel, int of_batch) {                                        \
-    Shape d{shape[0], shape[1], shape[2], shape[3], shape[4]};                                                      \
-    Weights<T> w{gamma, beta, kernel, mean, var, drop, size, T(eps)};                                               \
-    backward<T>(d, grad, out, z, g, dz, w, pooled, dgamma, dbeta, dkernel, of_batch);                               \
-  }
-
-TAIL(float, f32)
-TAIL(double, f64)
+extern "C" {
+void tail_forward_f32(const Forward<float>* call) { call->run(); }
+void tail_forward_f64(const Forward<double>* call) { call->run(); }
+void tail_backward_f32(const Backward<float>* call) { call->run(); }
+void tail_backward_f64(const Backward<double>* call) { call->run(); }
+}

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..gating import gated_class
 from .eligible import FROZEN_NORMS, Parts, find_parts, is_eca, map_fits, unwatched
-from .formula import Moments, Running, TailWeights, tail_formula
+from .formula import Moments, Running, TailWeights
 from .halves import Halves, TailRule, halves_of
-from .tail import fused_tail
+from .tail import fused_tail, graph_tail
 
 __all__ = ["fuse_", "fuse_blocks_", "unfuse_"]
 
@@ -160,7 +160,7 @@ def _starts_as_identity(block: Any, parts: Parts) -> bool:
     """
     if block._zero_kernel is False:
         return False
-    kernel = parts.attn.conv.weight
+    kernel = parts.kernel["weight"]
     version = None if kernel.is_inference() else kernel._version
     if version is None or block._zero_kernel != version:
         block._zero_kernel = version if not kernel.any() else False
@@ -177,7 +177,7 @@ def _fused_forward(block: Any, parts: Parts, x: Tensor) -> Tensor:
     if parts.downsample is not None:
         shortcut = parts.downsample(shortcut).to(z.dtype)
     relu = type(parts.act) is nn.ReLU
-    tail = tail_formula if torch.compiler.is_compiling() else fused_tail
+    tail = graph_tail if torch.compiler.is_compiling() else fused_tail
     out = tail(z, shortcut if adds else None, weights, relu)
     return out if relu or parts.act is None else parts.act(out)
 
@@ -192,13 +192,14 @@ def _uses_batch(norm: Any) -> bool:
 
 
 def _weights(parts: Parts, of_batch: bool, z: Tensor, adds: bool) -> TailWeights:
-    norm, attn = parts.norm, parts.attn
-    moments = None if of_batch else Moments(norm.running_mean, norm.running_var)
+    norm, stats, affine = parts.norm, parts.stats, parts.affine
+    moments = None if of_batch else Moments(stats["running_mean"], stats["running_var"])
     drop = None
     if adds and parts.drop_path is not None and parts.drop_path.training:
         drop = parts.drop_path(z.new_ones((len(z), 1, 1, 1))).flatten(1)  # the same draw as over the map
     running = _running(norm) if of_batch else None
-    return TailWeights(attn.conv.weight, attn.gate, norm.weight, norm.bias, moments, running, drop, norm.eps)
+    gate = parts.attn._modules["gate"]
+    return TailWeights(parts.kernel["weight"], gate, affine["weight"], affine["bias"], moments, running, drop, norm.eps)
 
 
 def _running(norm: Any) -> Running | None:

@@ -1,7 +1,8 @@
 """When a block's tail may be computed at once: everything it consists of is what the formula takes it for, now.
 
-Asked at every call, because hooks come and go and modules get replaced; so it must cost little. Whoever watches or
-transforms single operations (hooks, modes, tracers, functorch) gets the plain path.
+Asked at every call, because hooks come and go and modules get replaced. It runs between two convolutions that have
+emptied the caches, where a line of Python costs ten times what it costs in a loop; so it is kept to few and plain
+lookups. Whoever watches or transforms single operations (hooks, modes, tracers, functorch) gets the plain path.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from timm.layers import BatchNormAct2d, DropPath, EcaModule, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
+from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -22,7 +25,12 @@ __all__ = ["FROZEN_NORMS", "Parts", "find_parts", "is_eca", "map_fits", "unwatch
 FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 _SYNC_NORMS = (nn.SyncBatchNorm, SyncBatchNormAct)
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d, *_SYNC_NORMS, *FROZEN_NORMS)
-_LAYOUTS = (torch.contiguous_format, torch.channels_last)
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
 
 
 def is_eca(layer: Any) -> bool:
@@ -43,6 +51,9 @@ class Parts:
         drop_path: The drop path, None where there is none.
         downsample: What the shortcut goes through, None where it goes unchanged.
         act: The activation after the addition, None where there is none.
+        kernel: Where the attention's weights are: a dictionary in which each call looks, for they may be replaced.
+        affine: Where the norm's weights are.
+        stats: Where the norm's statistics are.
         places: Where each module was found: a module's children, a name in them, and who was there.
         hooks: The modules' dictionaries of hooks.
         attributes: The modules' own attributes; a forward among them is somebody's patch.
@@ -53,6 +64,9 @@ class Parts:
     drop_path: Any
     downsample: Any
     act: Any
+    kernel: dict[str, Any]
+    affine: dict[str, Any]
+    stats: dict[str, Any]
     places: tuple[tuple[dict[str, Any], str, Any], ...]
     hooks: tuple[dict[int, Any], ...]
     attributes: tuple[dict[str, Any], ...]
@@ -64,6 +78,8 @@ class Parts:
         for children, name, module in self.places:
             if children.get(name) is not module:
                 return False
+        if "weight" not in self.kernel or "weight" not in self.affine or "bias" not in self.affine:  # parametrized
+            return False
         if any(self.hooks):
             return False
         for attributes in self.attributes:
@@ -80,40 +96,42 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
     drops = drop_path is None or type(drop_path) in (DropPath, nn.Identity)
     if type(conv) is not nn.Conv2d or not (is_eca(attn) and _is_batch_norm(norm) and drops):
         return None
+    modules = (norm, attn, drop_path, downsample, act)
     heard = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act) if m is not None]
     if torch.compiler.is_compiling():  # the compiler watches by itself, and would be slow to follow this
-        return None if any(_is_heard(m) for m in heard) else Parts(norm, attn, drop_path, downsample, act, (), (), ())
+        found = (_now(attn.conv, "weight"), _now(norm, "weight", "bias"), _now(norm, "running_mean", "running_var"))
+        return None if any(_is_heard(m) for m in heard) else Parts(*modules, *found, (), (), ())
     of_block = [rule.conv, rule.norm, rule.attn, "drop_path", "downsample", *([rule.act] if rule.act else [])]
     owned = [(block, of_block), (attn, ["conv", "gate"]), (norm, ["act", "drop"])]
     places = tuple((m._modules, name, m._modules.get(name)) for m, names in owned for name in names)
     hooks = tuple(d for m in heard for d in _hooks(m))
-    return Parts(norm, attn, drop_path, downsample, act, places, hooks, tuple(m.__dict__ for m in heard))
+    affine = norm._buffers if type(norm) in FROZEN_NORMS else norm._parameters
+    found = (attn.conv._parameters, affine, norm._buffers)
+    return Parts(*modules, *found, places, hooks, tuple(m.__dict__ for m in heard))
 
 
 def map_fits(z: Tensor, of_batch: bool) -> bool:
     """Whether a map can go through the passes: its type, layout and size."""
+    shape = z.shape
     return (
         type(z) is Tensor
-        and z.dim() == 4
+        and len(shape) == 4
+        and 0 not in shape
         and z.is_floating_point()
-        and z.numel() > 0
-        and any(z.is_contiguous(memory_format=layout) for layout in _LAYOUTS)
-        and not (of_batch and z.numel() == z.shape[1])  # batch norm has its own error for a single value
+        and (z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last))
+        and not (of_batch and shape.numel() == shape[1])  # batch norm has its own error for a single value
     )
 
 
 def unwatched() -> bool:
     """Whether nothing records or transforms the single operations that are carried out now."""
     return not (
-        torch.jit.is_tracing()
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        _is_tracing()
+        or _len_torch_function_stack()
+        or _len_torch_dispatch_stack()
+        or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
+        or any(_GLOBAL_HOOKS)
     )
 
 
@@ -142,3 +160,7 @@ def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 def _is_heard(module: nn.Module) -> bool:
     return any(len(hooks) for hooks in _hooks(module))
+
+
+def _now(module: nn.Module, *names: str) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in names}

@@ -100,11 +100,18 @@ def gains(pooled: Tensor, moments: Moments, weights: TailWeights) -> tuple[Tenso
     q = (pooled - moments.mean.to(dtype)) * scale
     if weights.bias is not None:
         q = q + weights.bias.to(dtype)
-    kernel = weights.kernel.to(dtype)
-    w = weights.gate(functional.conv1d(q[:, None], kernel, padding=kernel.shape[2] // 2)[:, 0])
+    w = weights.gate(_channel_conv(q, weights.kernel.to(dtype)))
     if weights.drop is not None:
         w = w * weights.drop.to(dtype)
     return w * scale, w * q
+
+
+def _channel_conv(q: Tensor, kernel: Tensor) -> Tensor:
+    """Convolve along the channels of (B, C), in the type that q has, autocast or not."""
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return _channel_conv(q, kernel)
+    return functional.conv1d(q[:, None], kernel, padding=kernel.shape[2] // 2)[:, 0]
 
 
 def vector_dtype(z: Tensor) -> torch.dtype:

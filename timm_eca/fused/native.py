@@ -1,12 +1,12 @@
 """The compiled passes of a fused tail: `_native.cpp`, built when the package is installed where there is a compiler.
 
-Loaded at first use and called through ctypes, without the interpreter lock. Its threads are PyTorch's: the OpenMP
-runtime is the one that PyTorch has loaded. Where there is no such library, the passes of PyTorch do the same.
+Called through ctypes, without the interpreter lock. Its threads are PyTorch's: the OpenMP runtime is the one that
+PyTorch has loaded. Where there is no such library, the passes of PyTorch do the same.
 """
 
 import ctypes
-from functools import cache
 from importlib.util import find_spec
+from struct import Struct
 from typing import Any
 
 import torch
@@ -17,15 +17,12 @@ from .formula import Moments, TailWeights, layout_of
 __all__ = ["backward", "forward", "loaded", "takes"]
 
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
-_POINTER, _INT, _DOUBLE, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
-_ARGS: dict[str, list[Any]] = {
-    "forward": [_POINTER] * 7 + [_INT] + [_POINTER] * 3 + [_DOUBLE] + [_POINTER] * 3 + [_DOUBLE, _FLAG, _FLAG],
-    "backward": [_POINTER] * 9 + [_INT] + [_POINTER] * 3 + [_DOUBLE] + [_POINTER] * 4 + [_FLAG],
-}
+# A call's arguments travel as one struct: packing it costs a fraction of converting them one by one.
+_FORWARD = Struct("8q2d12P")
+_BACKWARD = Struct("8q1d15P")
 
 
-@cache
-def _library() -> dict[tuple[str, torch.dtype], Any]:
+def _load() -> dict[tuple[str, torch.dtype], Any]:
     spec = find_spec(f"{__package__}._native")
     if spec is None or spec.origin is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return {}
@@ -33,48 +30,48 @@ def _library() -> dict[tuple[str, torch.dtype], Any]:
         library = ctypes.CDLL(spec.origin)
     except OSError:  # a PyTorch with another OpenMP runtime
         return {}
-    functions = {(kind, dtype): library[f"tail_{kind}_{name}"] for kind in _ARGS for dtype, name in _NAMES.items()}
-    for (kind, _), function in functions.items():
-        function.argtypes, function.restype = _ARGS[kind], None
+    ways = ("forward", "backward")
+    functions = {(way, dtype): library[f"tail_{way}_{name}"] for way in ways for dtype, name in _NAMES.items()}
+    for function in functions.values():
+        function.argtypes, function.restype = [ctypes.c_char_p], None
     return functions
+
+
+_functions = _load()
 
 
 def loaded() -> bool:
     """Whether the compiled passes can be had."""
-    return bool(_library())
+    return bool(_functions)
 
 
-def takes(*tensors: Tensor | None) -> bool:
+def takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
     """Whether the compiled passes take a map, a shortcut and vectors: on the CPU, all float32 or all float64."""
-    dtype = tensors[0].dtype  # type: ignore[union-attr]
-    if dtype not in _NAMES or not _library():
+    dtype = z.dtype
+    if ("forward", dtype) not in _functions or not z.is_cpu:
         return False
-    for t in tensors:
-        if t is not None and (t.dtype != dtype or not t.is_cpu or (t.dim() < 4 and not t.is_contiguous())):
+    running = weights.running[:2] if weights.running else ()
+    vectors = (weights.weight, weights.bias, weights.kernel, weights.drop, *(weights.moments or ()), *running)
+    for t in vectors:
+        if t is not None and not (t.dtype == dtype and t.is_cpu and t.is_contiguous()):
             return False
-    return True
+    return shortcut is None or (shortcut.dtype == dtype and shortcut.is_cpu)
 
 
 def forward(
     z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool, inplace: bool
-) -> tuple[Tensor, Tensor, Moments]:
-    """As `passes.forward`."""
-    out = z if inplace else torch.empty_like(z)
-    pooled = z.new_empty(z.shape[:2])
+) -> tuple[Tensor, Tensor | None, Moments | None]:
+    """As `passes.forward`. In place, nothing but the output is returned."""
+    of_batch = weights.moments is None
+    keeps = not inplace
+    out = torch.empty_like(z) if keeps else z
+    pooled = z.new_empty(z.shape[:2]) if keeps else None
     moments = weights.moments or Moments(z.new_empty(z.shape[1]), z.new_empty(z.shape[1]))
     running_mean, running_var, factor = weights.running or (None, None, 0.0)
-    shortcut = None if shortcut is None else shortcut.contiguous(memory_format=layout_of(z))
-    _library()["forward", z.dtype](
-        _shape(z),
-        *map(_data, (z, shortcut, out, weights.weight, weights.bias, weights.kernel)),
-        weights.kernel.numel(),
-        *map(_data, (*moments, weights.drop)),
-        weights.eps,
-        *map(_data, (pooled, running_mean, running_var)),
-        factor,
-        weights.moments is None,
-        relu,
-    )
+    maps = (z, _as_format(shortcut, z), out)
+    vectors = (weights.weight, weights.bias, weights.kernel, *moments, weights.drop, pooled, running_mean, running_var)
+    sizes = (*_sizes(z), weights.kernel.numel(), of_batch, relu)
+    _functions["forward", z.dtype](_FORWARD.pack(*sizes, weights.eps, factor, *map(_address, maps + vectors)))
     return out, pooled, moments
 
 
@@ -86,22 +83,21 @@ def backward(
     masked = grad if out is None else torch.empty_like(z)
     dz = torch.empty_like(z) if wanted[0] else None
     d_weights = [torch.empty_like(t) for t in (*weights.moments, weights.kernel)]
-    _library()["backward", z.dtype](
-        _shape(z),
-        *map(_data, (grad, out, z, masked, dz, weights.weight, weights.bias, weights.kernel)),
-        weights.kernel.numel(),
-        *map(_data, (*weights.moments, weights.drop)),
-        weights.eps,
-        *map(_data, (pooled, *d_weights)),
-        wanted[5],
-    )
+    maps = (grad, out, z, masked, dz)
+    vectors = (weights.weight, weights.bias, weights.kernel, *weights.moments, weights.drop, pooled, *d_weights)
+    sizes = (*_sizes(z), weights.kernel.numel(), wanted[5], False)
+    _functions["backward", z.dtype](_BACKWARD.pack(*sizes, weights.eps, *map(_address, maps + vectors)))
     return [gradient if want else None for gradient, want in zip((dz, masked, *d_weights), wanted)]
 
 
-def _shape(z: Tensor) -> Any:
+def _sizes(z: Tensor) -> tuple[int, ...]:
     batch, channels, height, width = z.shape
-    return (ctypes.c_int64 * 5)(batch, channels, height * width, not z.is_contiguous(), torch.get_num_threads())
+    return batch, channels, height * width, not z.is_contiguous(), torch.get_num_threads()
 
 
-def _data(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _as_format(shortcut: Tensor | None, z: Tensor) -> Tensor | None:
+    return None if shortcut is None else shortcut.contiguous(memory_format=layout_of(z))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

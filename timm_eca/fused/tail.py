@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from . import native, passes
 from .formula import Moments, TailWeights, layout_of, tail_formula
+from .operators import operator_tail
 
-__all__ = ["fused_tail"]
+__all__ = ["fused_tail", "graph_tail"]
 
 
 def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
@@ -17,51 +18,48 @@ def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: b
 
     A block keeps z, the output where a ReLU ends it (the next block keeps it too), and one vector of each sample.
     """
-    if torch.is_autocast_enabled(z.device.type):
-        with torch.autocast(z.device.type, enabled=False):
-            return fused_tail(z, shortcut, weights, relu)
+    engine = _engine(z, shortcut, weights)
     if torch.is_grad_enabled():
         tensors = (z, shortcut, weights.weight, weights.bias, weights.kernel)
         for t in tensors:
             if t is not None and t.requires_grad:
-                return _FusedTail.apply(*tensors, weights, relu)
-    return _engine(z, shortcut, weights).forward(z, shortcut, weights, relu, inplace=True)[0]
+                return _FusedTail.apply(*tensors, weights, relu, engine)
+    return engine.forward(z, shortcut, weights, relu, inplace=True)[0]
+
+
+def graph_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
+    """Compute `tail_formula` in what `torch.compile` takes into one graph."""
+    tail = operator_tail if _engine(z, shortcut, weights) is native else tail_formula
+    return tail(z, shortcut, weights, relu)
 
 
 def _engine(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> Any:
-    if not isinstance(weights.gate, (nn.Sigmoid, Sigmoid)):
-        return passes
-    running = weights.running or (None, None, 0.0)
-    vectors = (weights.weight, weights.bias, weights.kernel, weights.drop, *(weights.moments or ()), *running[:2])
-    return native if native.takes(z, shortcut, *vectors) else passes
+    fits = isinstance(weights.gate, (nn.Sigmoid, Sigmoid)) and native.takes(z, shortcut, weights)
+    return native if fits else passes
 
 
 class _FusedTail(torch.autograd.Function):
     """The autograd shell around the passes."""
 
     @staticmethod
-    def forward(ctx: Any, z, shortcut, weight, bias, kernel, weights, relu):
-        ctx.engine = _engine(z, shortcut, weights)
-        out, pooled, moments = ctx.engine.forward(z, shortcut, weights, relu, inplace=False)
-        ctx.rest = weights.gate, weights.eps, weights.moments is None
+    def forward(ctx: Any, z, shortcut, weight, bias, kernel, weights, relu, engine):
+        out, pooled, moments = engine.forward(z, shortcut, weights, relu, inplace=False)
+        ctx.rest = engine, weights.gate, weights.eps, weights.moments is None
         ctx.save_for_backward(z, out if relu else None, pooled, *moments, weight, bias, kernel, weights.drop)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad):
-        if torch.is_autocast_enabled(grad.device.type):
-            with torch.autocast(grad.device.type, enabled=False):
-                return _FusedTail.backward(ctx, grad)
         z, out, pooled, mean, var, weight, bias, kernel, drop = ctx.saved_tensors
-        gate, eps, of_batch = ctx.rest
+        engine, gate, eps, of_batch = ctx.rest
         weights = TailWeights(kernel, gate, weight, bias, Moments(mean, var), None, drop, eps)
         if torch.is_grad_enabled():
             grads = _differentiable(grad, out, z, weights, ctx.needs_input_grad, of_batch)
         else:
             wanted = [*ctx.needs_input_grad[:5], of_batch]
-            engine = ctx.engine if torch._C._has_storage(grad) else passes  # a batch of gradients has no address
-            grads = engine.backward(_as_format(grad, z), out, z, pooled, weights, wanted)
-        return *grads, None, None
+            by = engine if torch._C._has_storage(grad) else passes  # a batch of gradients has no address
+            grads = by.backward(_as_format(grad, z), out, z, pooled, weights, wanted)
+        return *grads, None, None, None
 
 
 def _differentiable(grad: Tensor, out: Tensor | None, z: Tensor, weights: TailWeights, wanted: Any, of_batch: bool):

@@ -1,0 +1,137 @@
+import pytest
+import torch
+
+from fused_models import assert_same, blocks_of, compiler_calls_blocks, pixels, plain_twin, small, step
+from timm_eca.fused import native
+from timm_eca.fused.formula import Moments, Running, TailWeights, tail_formula
+from timm_eca.fused.operators import operator_tail
+
+pytestmark = pytest.mark.skipif(not native.loaded(), reason="the compiled passes are not built here")
+
+
+def make(
+    shape=(3, 9, 5, 7), train=True, affine=True, add=True, drop=False, dtype=torch.float64
+) -> tuple[torch.Tensor, torch.Tensor | None, TailWeights]:
+    """A tail's tensors, leaves that require a gradient where they may."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    batch, channels = shape[:2]
+    stats = normal(channels), normal(channels) ** 2 + 0.5
+    weights = TailWeights(
+        kernel=normal(1, 1, 3).requires_grad_(),
+        gate=torch.sigmoid,
+        weight=normal(channels).requires_grad_() if affine else None,
+        bias=normal(channels).requires_grad_() if affine else None,
+        moments=None if train else Moments(*stats),
+        running=Running(*stats, 0.1) if train else None,
+        drop=(normal(batch, 1) > 0).to(dtype) * 2 if drop else None,
+        eps=1e-5,
+    )
+    return normal(*shape).requires_grad_(), normal(*shape).requires_grad_() if add else None, weights
+
+
+def flat(weights: TailWeights) -> tuple:
+    """The operator's arguments after the maps, but for the ReLU."""
+    mean, var = weights.moments or (None, None)
+    return weights.weight, weights.bias, weights.kernel, mean, var, weights.drop, weights.eps
+
+
+def all_of(tail, z, shortcut, weights, relu) -> list[torch.Tensor]:
+    """A tail's output, gradients and statistics."""
+    kept = tuple(t.clone() for t in (weights.running or ())[:2])
+    if kept:
+        weights = weights._replace(running=Running(*kept, weights.running.factor))
+    out = tail(z, shortcut, weights, relu)
+    leaves = [t for t in (z, shortcut, weights.weight, weights.bias, weights.kernel) if t is not None]
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent), *kept]
+
+
+CASES = {
+    "train": {},
+    "eval": {"train": False},
+    "no affine": {"affine": False},
+    "no shortcut": {"add": False},
+    "drop path": {"drop": True},
+    "a pixel": {"shape": (2, 5, 1, 1), "train": False},
+}
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+@pytest.mark.parametrize("case", CASES)
+class TestOperator:
+    def test_is_the_formula(self, case, relu):
+        found = all_of(operator_tail, *make(**CASES[case]), relu)
+        for actual, expected in zip(found, all_of(tail_formula, *make(**CASES[case]), relu)):
+            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+
+    def test_contract(self, case, relu):
+        z, shortcut, weights = make(**CASES[case])
+        torch.library.opcheck(torch.ops.timm_eca.tail.default, (z, shortcut, *flat(weights), relu))
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("shortcut_as", ["nchw", "nhwc"])
+    @pytest.mark.parametrize("z_as", ["nchw", "nhwc", "slice", "transposed"])
+    def test_any(self, z_as, shortcut_as):
+        ways = {
+            "nchw": lambda t: t.contiguous(),
+            "nhwc": lambda t: t.contiguous(memory_format=torch.channels_last),
+            "slice": lambda t: torch.nn.functional.pad(t, (1, 2))[..., 1:-2],
+            "transposed": lambda t: t.mT.contiguous().mT,
+        }
+        z, shortcut, weights = make()
+        expected = all_of(tail_formula, z, shortcut, weights, True)
+        z, shortcut = (ways[way](t.detach()).requires_grad_() for way, t in ((z_as, z), (shortcut_as, shortcut)))
+        for actual, wanted in zip(all_of(operator_tail, z, shortcut, weights, True), expected):
+            torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-12)
+        torch.library.opcheck(torch.ops.timm_eca.tail.default, (z, shortcut, *flat(weights), True))
+
+
+class TestGraphs:
+    @compiler_calls_blocks
+    @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+    def test_graph_calls_it_once_a_block(self, train):
+        model = small(drop_path_rate=0.3).train(train)
+        targets = []
+
+        def watch(graph, _):
+            targets.extend(node.target for node in graph.graph.nodes)
+            return graph.forward
+
+        torch.compiler.reset()
+        torch.compile(model, fullgraph=True, backend=watch)(pixels(dtype=torch.float32))
+        assert sum("timm_eca.tail" in str(target) for target in targets) == len(blocks_of(model))
+
+    def test_half_precision_has_the_formula(self):
+        model = small().bfloat16().eval()
+        targets = []
+
+        def watch(graph, _):
+            targets.extend(str(node.target) for node in graph.graph.nodes)
+            return graph.forward
+
+        torch.compiler.reset()
+        x = pixels(dtype=torch.bfloat16)
+        out = torch.compile(model, fullgraph=True, backend=watch)(x)
+        assert not any("timm_eca" in target for target in targets)
+        torch.testing.assert_close(out, model(x), rtol=0.05, atol=0.05)
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+    def test_inductor(self, layout):
+        model = small(layers=(1, 1, 1, 2)).double().train().to(memory_format=layout)
+        plain = plain_twin(model)
+        torch.compiler.reset()
+        actual = step(torch.compile(model, fullgraph=True), pixels().contiguous(memory_format=layout))
+        actual = {kind: {n.removeprefix("_orig_mod."): t for n, t in ts.items()} for kind, ts in actual.items()}
+        assert_same(actual, step(plain, pixels()))
+
+    def test_second_derivative_is_an_error(self):
+        z, shortcut, weights = make()
+        out = operator_tail(z, shortcut, weights, True)
+        (grad,) = torch.autograd.grad(out.sum(), z, create_graph=True)
+        with pytest.raises(RuntimeError, match="has no derivative"):
+            grad.sum().backward()

@@ -1,0 +1,119 @@
+"""The compiled passes as PyTorch operators, for `torch.compile`: a graph calls them where it has no such loops itself.
+
+`torch.ops.timm_eca.tail` and `tail_backward` take and give tensors alone. An empty tensor stands for what is not asked
+for, because an operator cannot return None, nor what it was given.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .formula import Moments, TailWeights, layout_of, update_running
+
+__all__ = ["operator_tail"]
+
+_VECTORS = "Tensor? weight, Tensor? bias, Tensor kernel"
+_TAIL = f"(Tensor z, Tensor? shortcut, {_VECTORS}, Tensor? mean, Tensor? var, Tensor? drop, float eps, bool relu)"
+_BACKWARD = (
+    f"(Tensor grad, Tensor? out, Tensor z, Tensor pooled, {_VECTORS}, Tensor mean, Tensor var, Tensor? drop,"
+    " float eps, bool[] wanted)"
+)
+# The maps come in whatever layout the compiler has chosen for them.
+_TAGS = (torch.Tag.flexible_layout,)
+torch.library.define("timm_eca::tail", f"{_TAIL} -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
+torch.library.define("timm_eca::tail_backward", f"{_BACKWARD} -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
+
+
+def operator_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
+    """Compute `tail_formula` where `native.takes` its tensors. The running statistics are the graph's to update."""
+    mean, var = weights.moments or (None, None)
+    out, _, *moments = torch.ops.timm_eca.tail(
+        z, shortcut, weights.weight, weights.bias, weights.kernel, mean, var, weights.drop, weights.eps, relu
+    )
+    if weights.moments is None:
+        update_running(weights.running, Moments(*moments), z)
+    return out
+
+
+@torch.library.register_fake("timm_eca::tail")
+def _fake_tail(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
+    of_batch = mean is None
+    moments = [z.new_empty(z.shape[1] if of_batch else 0) for _ in range(2)]
+    return torch.empty_like(z), z.new_empty(z.shape[:2]), *moments
+
+
+@torch.library.impl("timm_eca::tail", "CPU")
+def _tail(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
+    weights = _weights(weight, bias, kernel, mean, var, drop, eps)
+    out, pooled, moments = native.forward(_dense(z), shortcut, weights, relu, inplace=False)
+    given = weights.moments is not None
+    return _like(out, z), pooled, *([z.new_empty(0) for _ in moments] if given else moments)
+
+
+@torch.library.register_fake("timm_eca::tail_backward")
+def _fake_backward(grad, out, z, pooled, weight, bias, kernel, mean, var, drop, eps, wanted):
+    like = [z, z if out is not None else None, weight, bias, kernel]
+    return tuple(_or_empty(torch.empty_like(t) if t is not None and want else None, z) for t, want in zip(like, wanted))
+
+
+@torch.library.impl("timm_eca::tail_backward", "CPU")
+def _backward(grad, out, z, pooled, weight, bias, kernel, mean, var, drop, eps, wanted):
+    weights = _weights(weight, bias, kernel, mean, var, drop, eps)
+    dense = _dense(z)
+    layout = layout_of(dense)
+    grad = grad.contiguous(memory_format=layout)
+    masked_by = None if out is None else out.contiguous(memory_format=layout)
+    dz, d_shortcut, *rest = native.backward(grad, masked_by, dense, pooled, weights, wanted)
+    maps = [None if t is None else _like(t, z) for t in (dz, None if out is None else d_shortcut)]
+    rest = [d if t is not None else None for d, t in zip(rest, (weight, bias, kernel))]
+    return tuple(_or_empty(t, z) for t in (*maps, *rest))
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    z, _, weight, bias, kernel, mean, var, drop, ctx.eps, relu = inputs
+    out, pooled, *moments = output
+    ctx.of_batch = mean is None
+    mean, var = moments if ctx.of_batch else (mean, var)
+    ctx.mark_non_differentiable(pooled, *moments)
+    ctx.save_for_backward(out if relu else None, z, pooled, weight, bias, kernel, mean, var, drop)
+
+
+def _grads(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:5])
+    relu = ctx.saved_tensors[0] is not None
+    grads = torch.ops.timm_eca.tail_backward(grad, *ctx.saved_tensors, ctx.eps, [*wanted, ctx.of_batch])
+    dz, d_shortcut, *rest = (d if want else None for d, want in zip(grads, wanted))
+    if wanted[1] and not relu:
+        d_shortcut = grad
+    return dz, d_shortcut, *rest, None, None, None, None, None
+
+
+def _no_grads(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError("timm_eca::tail_backward has no derivative: take second derivatives of a model not compiled.")
+
+
+torch.library.register_autograd("timm_eca::tail", _grads, setup_context=_setup_context)
+torch.library.register_autograd("timm_eca::tail_backward", _no_grads)
+
+
+def _weights(weight, bias, kernel, mean, var, drop, eps) -> TailWeights:
+    moments = None if mean is None else Moments(mean, var)
+    return TailWeights(kernel, torch.sigmoid, weight, bias, moments, None, drop, eps)
+
+
+def _dense(z: Tensor) -> Tensor:
+    """Return a map in one of the two layouts that the passes read: a graph may have cut it out of another."""
+    dense = z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last)
+    return z if dense else z.contiguous()
+
+
+def _like(result: Tensor, z: Tensor) -> Tensor:
+    """Return a map in the strides that the graph expects of it, those of z."""
+    expected = torch.empty_like(z, device="meta").stride()
+    return result if result.stride() == expected else torch.empty_like(z).copy_(result)
+
+
+def _or_empty(tensor: Tensor | None, z: Tensor) -> Tensor:
+    return z.new_empty(0) if tensor is None else tensor
