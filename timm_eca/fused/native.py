@@ -60,8 +60,8 @@ def takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
 
 def forward(
     z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool, inplace: bool
-) -> tuple[Tensor, Tensor | None, Moments | None]:
-    """As `passes.forward`. In place, nothing but the output is returned."""
+) -> tuple[Tensor, Tensor | None, Moments]:
+    """As `passes.forward`. In place, z is not pooled for a backward pass."""
     of_batch = weights.moments is None
     keeps = not inplace
     out = torch.empty_like(z) if keeps else z

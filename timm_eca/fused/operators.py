@@ -1,7 +1,7 @@
 """The compiled passes as PyTorch operators, for `torch.compile`: a graph calls them where it has no such loops itself.
 
-`torch.ops.timm_eca.tail` and `tail_backward` take and give tensors alone. An empty tensor stands for what is not asked
-for, because an operator cannot return None, nor what it was given.
+`torch.ops.timm_eca.tail`, `tail_` and `tail_backward` take and give tensors alone. An empty tensor stands for what is
+not asked for, because an operator cannot return None, nor what it was given.
 """
 
 from typing import Any
@@ -15,23 +15,28 @@ from .formula import Moments, TailWeights, layout_of, update_running
 __all__ = ["operator_tail"]
 
 _VECTORS = "Tensor? weight, Tensor? bias, Tensor kernel"
-_TAIL = f"(Tensor z, Tensor? shortcut, {_VECTORS}, Tensor? mean, Tensor? var, Tensor? drop, float eps, bool relu)"
-_BACKWARD = (
-    f"(Tensor grad, Tensor? out, Tensor z, Tensor pooled, {_VECTORS}, Tensor mean, Tensor var, Tensor? drop,"
-    " float eps, bool[] wanted)"
-)
-# The maps come in whatever layout the compiler has chosen for them.
-_TAGS = (torch.Tag.flexible_layout,)
-torch.library.define("timm_eca::tail", f"{_TAIL} -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
-torch.library.define("timm_eca::tail_backward", f"{_BACKWARD} -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
+_REST = f"Tensor? shortcut, {_VECTORS}, Tensor? mean, Tensor? var, Tensor? drop, float eps, bool relu"
+_OPERATORS = {
+    "tail": f"(Tensor z, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "tail_": f"(Tensor(a!) z, {_REST}) -> (Tensor, Tensor)",
+    "tail_backward": f"(Tensor grad, Tensor? out, Tensor z, Tensor pooled, {_VECTORS}, Tensor mean, Tensor var,"
+    " Tensor? drop, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+}
+for _name, _schema in _OPERATORS.items():  # the maps come in whatever layout the compiler has chosen for them
+    torch.library.define(f"timm_eca::{_name}", _schema, tags=(torch.Tag.flexible_layout,))
 
 
 def operator_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
-    """Compute `tail_formula` where `native.takes` its tensors. The running statistics are the graph's to update."""
-    mean, var = weights.moments or (None, None)
-    out, _, *moments = torch.ops.timm_eca.tail(
-        z, shortcut, weights.weight, weights.bias, weights.kernel, mean, var, weights.drop, weights.eps, relu
-    )
+    """Compute `tail_formula` where `native.takes` its tensors. Where no gradient is asked for, z is overwritten.
+
+    The running statistics are the graph's to update.
+    """
+    vectors = (weights.weight, weights.bias, weights.kernel)
+    rest = (shortcut, *vectors, *(weights.moments or (None, None)), weights.drop, weights.eps, relu)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, shortcut, *vectors)):
+        out, _, *moments = torch.ops.timm_eca.tail(z, *rest)
+    else:
+        out, moments = z, torch.ops.timm_eca.tail_(z, *rest)
     if weights.moments is None:
         update_running(weights.running, Moments(*moments), z)
     return out
@@ -39,17 +44,38 @@ def operator_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu
 
 @torch.library.register_fake("timm_eca::tail")
 def _fake_tail(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
-    of_batch = mean is None
-    moments = [z.new_empty(z.shape[1] if of_batch else 0) for _ in range(2)]
-    return torch.empty_like(z), z.new_empty(z.shape[:2]), *moments
+    return torch.empty_like(z), z.new_empty(z.shape[:2]), *_fake_moments(z, mean)
+
+
+@torch.library.register_fake("timm_eca::tail_")
+def _fake_tail_(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
+    return _fake_moments(z, mean)
+
+
+def _fake_moments(z: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    size = z.shape[1] if given is None else 0
+    return z.new_empty(size), z.new_empty(size)
 
 
 @torch.library.impl("timm_eca::tail", "CPU")
 def _tail(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
     weights = _weights(weight, bias, kernel, mean, var, drop, eps)
     out, pooled, moments = native.forward(_dense(z), shortcut, weights, relu, inplace=False)
-    given = weights.moments is not None
-    return _like(out, z), pooled, *([z.new_empty(0) for _ in moments] if given else moments)
+    return _like(out, z), pooled, *_own(moments, weights, z)
+
+
+@torch.library.impl("timm_eca::tail_", "CPU")
+def _tail_(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
+    weights = _weights(weight, bias, kernel, mean, var, drop, eps)
+    dense = _dense(z)
+    _, _, moments = native.forward(dense, shortcut, weights, relu, inplace=True)
+    if dense is not z:
+        z.copy_(dense)
+    return _own(moments, weights, z)
+
+
+def _own(moments: Moments, weights: TailWeights, z: Tensor) -> tuple[Tensor, Tensor]:
+    return moments if weights.moments is None else (z.new_empty(0), z.new_empty(0))
 
 
 @torch.library.register_fake("timm_eca::tail_backward")
