@@ -22,6 +22,7 @@ struct Shape {
 constexpr Index kChannelBlock = 64;    // channels of an NHWC map that one thread sums at a time
 constexpr Index kPixels = 64;          // rows of such a map that are summed before the sums are
 constexpr Index kWide = 256;           // elements of such a row, at most, where it is several pixels
+constexpr Index kRowsAtOnce = 4;       // rows of such a map that are added at once where it is the only one read
 constexpr Index kLanes = 32;           // sums that one row of an NCHW map is added up in
 constexpr Index kLong = 256;           // elements of a row for which that pays
 constexpr Index kCached = 65536;       // elements of an NCHW map that are pooled before the first are written
@@ -148,29 +149,44 @@ template <typename T> void fold(const Grid& grid, const T* parts, T* sums) {
     for (Index c = 0; c < grid.channels; ++c) sums[c] += parts[from + c];
 }
 
+// Adds terms of some rows, from the element at on, to the sums of each column: these are read and written once.
+template <Index kRows, typename T, typename F> void add_rows(Index at, Index stride, Index width, F add, T* f, T* s) {
+#pragma omp simd
+  for (Index c = 0; c < width; ++c) {
+    T first = f[c], second = s[c];
+    for (Index r = 0; r < kRows; ++r) add(at + r * stride + c, c, first, second);
+    f[c] = first;
+    s[c] = second;
+  }
+}
+
 // Two sums over the pixels, for each channel. They are kept for a few rows at a time, so that small terms are not lost
 // in large sums.
-template <typename T, typename F> void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
+template <Index kRows, typename T, typename F>
+void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
   std::vector<T> parts(2 * grid.width);
   T *f = parts.data(), *s = f + grid.width;
   std::fill_n(first, grid.channels, T(0));
   if (second) std::fill_n(second, grid.channels, T(0));
-  for (Index row = 0; row <= grid.rows; row += kPixels) {
+  for (Index i = 0; i <= grid.rows;) {
     std::fill(parts.begin(), parts.end(), T(0));
-    for (Index i = row; i <= grid.rows && i < row + kPixels; ++i)
-#pragma omp simd
-      for (Index c = 0; c < grid.width_of(i); ++c) add(from + i * grid.stride + c, c, f[c], s[c]);
+    Index end = i + kPixels;
+    for (; i + kRows <= std::min(end, grid.rows); i += kRows)
+      add_rows<kRows>(from + i * grid.stride, grid.stride, grid.width, add, f, s);
+    for (; i < end && i <= grid.rows; ++i) add_rows<1>(from + i * grid.stride, 0, grid.width_of(i), add, f, s);
     fold(grid, f, first);
     if (second) fold(grid, s, second);
   }
 }
 
 // Two sums of some channels' elements: add(at, c, first, second) adds an element's terms. make(vector) returns it.
-template <typename T, typename F>
+// kRows is how many rows are added at once where a map is NHWC.
+template <Index kRows, typename T, typename F>
 void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T* first, T* second) {
   if (d.nhwc) {
     Grid grid(d, c0, c1);
-    sum_pixels(grid, c0, make(Repeated<T>(vector + c0, grid).data), first + c0, second ? second + c0 : nullptr);
+    Repeated<T> repeated(vector + c0, grid);
+    sum_pixels<kRows>(grid, c0, make(repeated.data), first + c0, second ? second + c0 : nullptr);
   } else {
     for (Index c = c0; c < c1; ++c)
       sum_row(c * d.area, d.area, make(Everywhere<T>{vector[c]}), first + c, second ? second + c : nullptr);
@@ -181,7 +197,7 @@ void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T
 
 template <typename T> void pool(const T* z, const Shape& d, Index c0, Index c1, T* mean) {
   auto make = [=](auto) { return [=](Index at, Index, T& sum, T&) { sum += z[at]; }; };
-  sum_elements<T>(d, c0, c1, make, mean, mean, nullptr);
+  sum_elements<kRowsAtOnce, T>(d, c0, c1, make, mean, mean, nullptr);
   for (Index c = c0; c < c1; ++c) mean[c] /= T(d.area);
 }
 
@@ -202,7 +218,7 @@ template <typename T> void pixel_moments(const T* z, const Shape& d, Index c0, I
       squares += v * v;
     };
   };
-  sum_elements(d, c0, c1, make, z, mean, square);
+  sum_elements<kRowsAtOnce>(d, c0, c1, make, z, mean, square);
   for (Index c = c0; c < c1; ++c) {
     T off = mean[c] / T(d.area);
     square[c] -= off * mean[c];
@@ -241,7 +257,7 @@ void dots(const T* grad, const T* out, const T* z, T* g, const T* centre, T* dot
       sum += v;
     };
   };
-  sum_elements(d, c0, c1, make, centre, dots, total);
+  sum_elements<1>(d, c0, c1, make, centre, dots, total);  // four maps are streams enough
 }
 
 // dz = g * scale + (z - centre) * slope + shift
