@@ -22,7 +22,7 @@ struct Shape {
 constexpr Index kChannelBlock = 64;    // channels of an NHWC map that one thread sums at a time
 constexpr Index kPixels = 64;          // rows of such a map that are summed before the sums are
 constexpr Index kWide = 256;           // elements of such a row, at most, where it is several pixels
-constexpr Index kRowsAtOnce = 4;       // rows of such a map that are added at once where it is the only one read
+constexpr Index kRowsAtOnce = 4;       // rows of such a map that are added at once where they are several pixels
 constexpr Index kLanes = 32;           // sums that one row of an NCHW map is added up in
 constexpr Index kLong = 256;           // elements of a row for which that pays
 constexpr Index kCached = 65536;       // elements of an NCHW map that are pooled before the first are written
@@ -168,10 +168,11 @@ void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
   T *f = parts.data(), *s = f + grid.width;
   std::fill_n(first, grid.channels, T(0));
   if (second) std::fill_n(second, grid.channels, T(0));
+  Index many = grid.repeat > 1 ? grid.rows : 0;  // rows of wide maps are read faster one after the other
   for (Index i = 0; i <= grid.rows;) {
     std::fill(parts.begin(), parts.end(), T(0));
     Index end = i + kPixels;
-    for (; i + kRows <= std::min(end, grid.rows); i += kRows)
+    for (; i + kRows <= std::min(end, many); i += kRows)
       add_rows<kRows>(from + i * grid.stride, grid.stride, grid.width, add, f, s);
     for (; i < end && i <= grid.rows; ++i) add_rows<1>(from + i * grid.stride, 0, grid.width_of(i), add, f, s);
     fold(grid, f, first);
@@ -180,7 +181,7 @@ void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
 }
 
 // Two sums of some channels' elements: add(at, c, first, second) adds an element's terms. make(vector) returns it.
-// kRows is how many rows are added at once where a map is NHWC.
+// kRows is how many rows of a narrow NHWC map are added at once.
 template <Index kRows, typename T, typename F>
 void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T* first, T* second) {
   if (d.nhwc) {
