@@ -46,14 +46,6 @@ def engine(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def make(case: Case, dtype: torch.dtype, vectors: torch.dtype | None = None) -> dict[str, torch.Tensor | None]:
     """The tensors of a case."""
     generator = torch.Generator().manual_seed(case.seed)

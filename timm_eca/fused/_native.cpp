@@ -3,9 +3,11 @@
 // formula.py has the formula and the names. Maps are (B, C, N), or (B, N, C) where `nhwc` is set, N being H * W; vectors
 // are (B, C) or (C). No Python and no PyTorch header is needed: pointers and sizes come by ctypes from native.py.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -18,7 +20,12 @@ struct Shape {
 };
 
 constexpr Index kChannelBlock = 64;    // channels of an NHWC map that one thread sums at a time
-constexpr Index kPixels = 64;          // of such a map that are summed before the sums are
+constexpr Index kPixels = 64;          // rows of such a map that are summed before the sums are
+constexpr Index kWide = 256;           // elements of such a row, at most, where it is several pixels
+constexpr Index kRowsAtOnce = 4;       // rows of such a map that are added at once where they are several pixels
+constexpr Index kLanes = 32;           // sums that one row of an NCHW map is added up in
+constexpr Index kLong = 256;           // elements of a row for which that pays
+constexpr Index kCached = 65536;       // elements of an NCHW map that are pooled before the first are written
 constexpr Index kWorthAThread = 32768; // elements, PyTorch's own grain
 
 Index threads_for(const Shape& d) {
@@ -55,163 +62,213 @@ template <> struct Exp<double> {
 
 template <typename T> T sigmoid(T x) { return T(1) / (T(1) + Exp<T>::of(-x)); }
 
-// ---- one sample's pass over one channel (NCHW) or a block of channels (NHWC) ----
+// ---- maps ----
 
-// Mean, and sum of squared deviations from it unless null.
-template <typename T> void row_moments(const T* z, Index n, T* mean, T* square) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (Index i = 0; i < n; ++i) sum += z[i];
-  T m = sum / T(n);
-  *mean = m;
-  if (!square) return;
-  T squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (Index i = 0; i < n; ++i) squares += (z[i] - m) * (z[i] - m);
-  *square = squares;
-}
+// What a row of an NCHW map has in place of a vector: one value.
+template <typename T> struct Everywhere {
+  T value;
+  T operator[](Index) const { return value; }
+};
 
-// Sums over pixels are kept for a few pixels at a time, so that small terms are not lost in large sums.
-template <typename T, typename F> void sum_pixels(Index n, Index width, T* first, T* second, F add) {
-  std::vector<T> parts(2 * width);
-  T *f = parts.data(), *s = f + width;
-  for (Index c = 0; c < width; ++c) first[c] = second[c] = 0;
-  for (Index from = 0; from < n; from += kPixels) {
-    for (Index c = 0; c < 2 * width; ++c) f[c] = 0;
-    for (Index i = from; i < n && i < from + kPixels; ++i) add(i, f, s);
-    for (Index c = 0; c < width; ++c) first[c] += f[c], second[c] += s[c];
+// A range of channels of an NHWC map as rows. Where a pixel has few channels a row is several pixels, and the last one
+// may be shorter: inner loops of a few vectors cost more than what they compute.
+struct Grid {
+  Index channels, repeat, rows, stride, width, rest;
+
+  Grid(const Shape& d, Index c0, Index c1) : channels(c1 - c0), repeat(1) {
+    if (channels == d.channels && 2 * channels <= kWide) repeat = std::min(kWide / channels, d.area);
+    rows = d.area / repeat;
+    stride = repeat * d.channels;
+    width = repeat * channels;
+    rest = d.area % repeat * channels;
   }
-}
 
-template <typename T>
-void block_moments(const T* z, Index n, Index stride, Index width, T* mean, T* square) {
-  if (!square) {
-    std::vector<T> unused(width);
-    sum_pixels(n, width, mean, unused.data(), [=](Index i, T* sum, T*) {
-#pragma omp simd
-      for (Index c = 0; c < width; ++c) sum[c] += z[i * stride + c];
-    });
-    for (Index c = 0; c < width; ++c) mean[c] /= T(n);
-    return;
-  }
-  sum_pixels(n, width, mean, square, [=](Index i, T* sum, T* squares) {
-#pragma omp simd
-    for (Index c = 0; c < width; ++c) {
-      T v = z[i * stride + c] - z[c];  // from the first pixel: squares of large means would cancel
-      sum[c] += v;
-      squares[c] += v * v;
-    }
-  });
-  for (Index c = 0; c < width; ++c) {
-    square[c] -= mean[c] * mean[c] / T(n);
-    mean[c] = z[c] + mean[c] / T(n);
-  }
-}
+  Index width_of(Index row) const { return row < rows ? width : rest; }
+};
 
-template <typename T> void moments(const T* z, const Shape& d, Index b, Index c0, Index c1, T* mean, T* square) {
-  const T* sample = z + b * d.channels * d.area;
-  T *m = mean + b * d.channels, *s = square ? square + b * d.channels : nullptr;
-  if (d.nhwc) {
-    block_moments(sample + c0, d.area, d.channels, c1 - c0, m + c0, s ? s + c0 : nullptr);
-  } else {
-    for (Index c = c0; c < c1; ++c) row_moments(sample + c * d.area, d.area, m + c, s ? s + c : nullptr);
-  }
-}
+// A vector of the channels, once for each pixel of a row.
+template <typename T> struct Repeated {
+  T copies[kWide];
+  const T* data;
 
-// out = (z - centre) * scale + offset, plus other, after ReLU. NaN stays NaN.
-template <typename T, bool kAdd, bool kRelu> struct Affine {
-  static T of(T z, T centre, T scale, T offset, T other) {
-    T y = (z - centre) * scale + offset;
-    if (kAdd) y += other;
-    return kRelu && y < T(0) ? T(0) : y;
+  Repeated(const T* vector, const Grid& grid) : data(vector) {
+    if (grid.repeat == 1) return;
+    for (Index r = 0; r < grid.repeat; ++r) std::copy_n(vector, grid.channels, copies + r * grid.channels);
+    data = copies;
   }
 };
 
+template <typename F> void write_row(Index from, Index n, F write) {
+#pragma omp simd
+  for (Index c = 0; c < n; ++c) write(from + c, c);
+}
+
+template <typename F> void write_rows(const Grid& grid, Index from, F write) {
+  for (Index i = 0; i <= grid.rows; ++i) write_row(from + i * grid.stride, grid.width_of(i), write);
+}
+
+// Calls write(at, c) for every element of some channels. make(vectors...) returns it, given what has the vectors at c.
+template <typename T, typename F, typename... V>
+void for_elements(const Shape& d, Index c0, Index c1, F make, const V*... vectors) {
+  if (d.nhwc) {
+    Grid grid(d, c0, c1);
+    write_rows(grid, c0, make(Repeated<T>(vectors + c0, grid).data...));
+  } else {
+    for (Index c = c0; c < c1; ++c) write_row(c * d.area, d.area, make(Everywhere<T>{vectors[c]}...));
+  }
+}
+
+// Adds terms of a long row, as many as fit, and returns how many. One sum of a kind would wait for itself from term to
+// term; here several are added in turn.
+template <typename T, typename F> Index sum_lanes(Index from, Index n, F add, T* first, T* second) {
+  T f[kLanes] = {}, s[kLanes] = {};
+  Index i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+#pragma omp simd
+    for (Index l = 0; l < kLanes; ++l) add(from + i + l, l, f[l], s[l]);
+  for (Index half = kLanes / 2; half; half /= 2)
+    for (Index l = 0; l < half; ++l) f[l] += f[l + half], s[l] += s[l + half];
+  *first = f[0];
+  *second = s[0];
+  return i;
+}
+
+// Two sums over a row.
+template <typename T, typename F> void sum_row(Index from, Index n, F add, T* first, T* second) {
+  T f = 0, s = 0;
+  Index done = n < kLong ? 0 : sum_lanes(from, n, add, &f, &s);
+#pragma omp simd reduction(+ : f, s)
+  for (Index i = done; i < n; ++i) add(from + i, 0, f, s);
+  *first = f;
+  if (second) *second = s;
+}
+
+// Adds the sums of a row's elements to their channels'.
+template <typename T> void fold(const Grid& grid, const T* parts, T* sums) {
+  for (Index from = 0; from < grid.width; from += grid.channels)
+    for (Index c = 0; c < grid.channels; ++c) sums[c] += parts[from + c];
+}
+
+// Adds terms of some rows, from the element at on, to the sums of each column: these are read and written once.
+template <Index kRows, typename T, typename F> void add_rows(Index at, Index stride, Index width, F add, T* f, T* s) {
+#pragma omp simd
+  for (Index c = 0; c < width; ++c) {
+    T first = f[c], second = s[c];
+    for (Index r = 0; r < kRows; ++r) add(at + r * stride + c, c, first, second);
+    f[c] = first;
+    s[c] = second;
+  }
+}
+
+// Two sums over the pixels, for each channel. They are kept for a few rows at a time, so that small terms are not lost
+// in large sums.
+template <Index kRows, typename T, typename F>
+void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
+  std::vector<T> parts(2 * grid.width);
+  T *f = parts.data(), *s = f + grid.width;
+  std::fill_n(first, grid.channels, T(0));
+  if (second) std::fill_n(second, grid.channels, T(0));
+  Index many = grid.repeat > 1 ? grid.rows : 0;  // rows of wide maps are read faster one after the other
+  for (Index i = 0; i <= grid.rows;) {
+    std::fill(parts.begin(), parts.end(), T(0));
+    Index end = i + kPixels;
+    for (; i + kRows <= std::min(end, many); i += kRows)
+      add_rows<kRows>(from + i * grid.stride, grid.stride, grid.width, add, f, s);
+    for (; i < end && i <= grid.rows; ++i) add_rows<1>(from + i * grid.stride, 0, grid.width_of(i), add, f, s);
+    fold(grid, f, first);
+    if (second) fold(grid, s, second);
+  }
+}
+
+// Two sums of some channels' elements: add(at, c, first, second) adds an element's terms. make(vector) returns it.
+// kRows is how many rows of a narrow NHWC map are added at once.
+template <Index kRows, typename T, typename F>
+void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T* first, T* second) {
+  if (d.nhwc) {
+    Grid grid(d, c0, c1);
+    Repeated<T> repeated(vector + c0, grid);
+    sum_pixels<kRows>(grid, c0, make(repeated.data), first + c0, second ? second + c0 : nullptr);
+  } else {
+    for (Index c = c0; c < c1; ++c)
+      sum_row(c * d.area, d.area, make(Everywhere<T>{vector[c]}), first + c, second ? second + c : nullptr);
+  }
+}
+
+// ---- passes over some channels of a sample ----
+
+template <typename T> void pool(const T* z, const Shape& d, Index c0, Index c1, T* mean) {
+  auto make = [=](auto) { return [=](Index at, Index, T& sum, T&) { sum += z[at]; }; };
+  sum_elements<kRowsAtOnce, T>(d, c0, c1, make, mean, mean, nullptr);
+  for (Index c = c0; c < c1; ++c) mean[c] /= T(d.area);
+}
+
+// Mean of a row, and sum of squared deviations from it: squares of large means would cancel.
+template <typename T> void row_moments(const T* z, Index n, T* mean, T* square) {
+  sum_row<T>(0, n, [=](Index at, Index, T& sum, T&) { sum += z[at]; }, mean, nullptr);
+  T m = *mean /= T(n);
+  auto add = [=](Index at, Index, T& squares, T&) { squares += (z[at] - m) * (z[at] - m); };
+  sum_row<T>(0, n, add, square, nullptr);
+}
+
+// The same of NHWC maps, which are read once: deviations are from the first pixel, and that is put right.
+template <typename T> void pixel_moments(const T* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
+  auto make = [=](auto first) {
+    return [=](Index at, Index c, T& sum, T& squares) {
+      T v = z[at] - first[c];
+      sum += v;
+      squares += v * v;
+    };
+  };
+  sum_elements<kRowsAtOnce>(d, c0, c1, make, z, mean, square);
+  for (Index c = c0; c < c1; ++c) {
+    T off = mean[c] / T(d.area);
+    square[c] -= off * mean[c];
+    mean[c] = z[c] + off;
+  }
+}
+
+template <typename T> void moments(const T* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
+  if (d.nhwc) return pixel_moments(z, d, c0, c1, mean, square);
+  for (Index c = c0; c < c1; ++c) row_moments(z + c * d.area, d.area, mean + c, square + c);
+}
+
+// out = (z - centre) * scale + offset, plus other, after ReLU. NaN stays NaN.
 template <typename T, bool kAdd, bool kRelu>
 void affine(const T* z, const T* other, T* out, const T* centre, const T* scale, const T* offset, const Shape& d,
             Index c0, Index c1) {
-  if (d.nhwc) {
-    for (Index i = 0; i < d.area; ++i)
-#pragma omp simd
-      for (Index c = c0; c < c1; ++c) {
-        Index at = i * d.channels + c;
-        out[at] = Affine<T, kAdd, kRelu>::of(z[at], centre[c], scale[c], offset[c], kAdd ? other[at] : T(0));
-      }
-  } else {
-    for (Index c = c0; c < c1; ++c) {
-      T m = centre[c], a = scale[c], h = offset[c];
-#pragma omp simd
-      for (Index at = c * d.area; at < (c + 1) * d.area; ++at)
-        out[at] = Affine<T, kAdd, kRelu>::of(z[at], m, a, h, kAdd ? other[at] : T(0));
-    }
-  }
+  auto make = [=](auto m, auto a, auto h) {
+    return [=](Index at, Index c) {
+      T y = (z[at] - m[c]) * a[c] + h[c];
+      if (kAdd) y += other[at];
+      out[at] = kRelu && y < T(0) ? T(0) : y;
+    };
+  };
+  for_elements<T>(d, c0, c1, make, centre, scale, offset);
 }
 
-// g = grad where out is above zero (all of it without out); sums of g * (z - centre) and of g.
-template <typename T>
-void row_dots(const T* grad, const T* out, const T* z, T* g, Index n, T centre, T* dots, T* total) {
-  T d = 0, t = 0;
-  if (out) {
-#pragma omp simd reduction(+ : d, t)
-    for (Index i = 0; i < n; ++i) {
-      T v = out[i] > T(0) ? grad[i] : T(0);
-      g[i] = v;
-      d += v * (z[i] - centre);
-      t += v;
-    }
-  } else {
-#pragma omp simd reduction(+ : d, t)
-    for (Index i = 0; i < n; ++i) {
-      d += grad[i] * (z[i] - centre);
-      t += grad[i];
-    }
-  }
-  *dots = d;
-  *total = t;
-}
-
-template <typename T>
-void block_dots(const T* grad, const T* out, const T* z, T* g, Index n, Index stride, Index width, const T* centre,
-                T* dots, T* total) {
-  if (out) {
-    sum_pixels(n, width, dots, total, [=](Index i, T* d, T* t) {
-#pragma omp simd
-      for (Index c = 0; c < width; ++c) {
-        T v = out[i * stride + c] > T(0) ? grad[i * stride + c] : T(0);
-        g[i * stride + c] = v;
-        d[c] += v * (z[i * stride + c] - centre[c]);
-        t[c] += v;
-      }
-    });
-  } else {
-    sum_pixels(n, width, dots, total, [=](Index i, T* d, T* t) {
-#pragma omp simd
-      for (Index c = 0; c < width; ++c) {
-        d[c] += grad[i * stride + c] * (z[i * stride + c] - centre[c]);
-        t[c] += grad[i * stride + c];
-      }
-    });
-  }
+// g = grad where out is above zero, if there was a ReLU; sums of g * (z - centre) and of g, or of grad.
+template <typename T, bool kRelu>
+void dots(const T* grad, const T* out, const T* z, T* g, const T* centre, T* dots, T* total, const Shape& d, Index c0,
+          Index c1) {
+  auto make = [=](auto m) {
+    return [=](Index at, Index c, T& dot, T& sum) {
+      T v = kRelu && !(out[at] > T(0)) ? T(0) : grad[at];
+      if (kRelu) g[at] = v;
+      dot += v * (z[at] - m[c]);
+      sum += v;
+    };
+  };
+  sum_elements<1>(d, c0, c1, make, centre, dots, total);  // four maps are streams enough
 }
 
 // dz = g * scale + (z - centre) * slope + shift
 template <typename T>
 void map_grad(const T* g, const T* z, T* dz, const T* scale, const T* centre, const T* slope, const T* shift,
               const Shape& d, Index c0, Index c1) {
-  if (d.nhwc) {
-    for (Index i = 0; i < d.area; ++i)
-#pragma omp simd
-      for (Index c = c0; c < c1; ++c) {
-        Index at = i * d.channels + c;
-        dz[at] = g[at] * scale[c] + (z[at] - centre[c]) * slope[c] + shift[c];
-      }
-  } else {
-    for (Index c = c0; c < c1; ++c) {
-      T a = scale[c], m = centre[c], s = slope[c], h = shift[c];
-#pragma omp simd
-      for (Index at = c * d.area; at < (c + 1) * d.area; ++at) dz[at] = g[at] * a + (z[at] - m) * s + h;
-    }
-  }
+  auto make = [=](auto a, auto m, auto s, auto h) {
+    return [=](Index at, Index c) { dz[at] = g[at] * a[c] + (z[at] - m[c]) * s[c] + h[c]; };
+  };
+  for_elements<T>(d, c0, c1, make, scale, centre, slope, shift);
 }
 
 // ---- vectors ----
@@ -228,54 +285,81 @@ template <typename T> void norm_of(const Weights<T>& w, Index channels, T* inver
   for (Index c = 0; c < channels; ++c) norm[c] = w.gamma ? w.gamma[c] * inverse[c] : inverse[c];
 }
 
-// Calls body(j, offset, from, to) for each weight of a kernel: it meets channel c + offset for c of [from, to).
-template <typename F> void for_kernel(Index size, Index channels, F body) {
+// q = (pooled - mean) * norm + beta
+template <typename T>
+void normed(const Weights<T>& w, const T* norm, const T* pooled, Index c0, Index c1, T* q) {
+  for (Index c = c0; c < c1; ++c) q[c] = (pooled[c] - w.mean[c]) * norm[c];
+  if (w.beta)
+    for (Index c = c0; c < c1; ++c) q[c] += w.beta[c];
+}
+
+// Calls body(j, offset, from, to) for each weight of a kernel: for c of [from, to), within [c0, c1), it meets channel
+// c + offset.
+template <typename F> void for_kernel(Index size, Index channels, Index c0, Index c1, F body) {
   for (Index j = 0; j < size; ++j) {
     Index offset = j - size / 2;
-    body(j, offset, offset < 0 ? -offset : 0, channels - (offset > 0 ? offset : 0));
+    body(j, offset, std::max(c0, -offset), std::min(c1, channels - offset));
   }
 }
 
-// q = (pooled - mean) * norm + beta, and gate = sigmoid(conv(q)) * drop, of one sample.
+// gate = sigmoid(conv(q)) * drop, of some channels of one sample.
 template <typename T>
-void gate_of(const Weights<T>& w, const T* norm, const T* pooled, Index channels, Index b, T* q, T* gate) {
-  for (Index c = 0; c < channels; ++c) q[c] = (pooled[c] - w.mean[c]) * norm[c];
-  if (w.beta)
-    for (Index c = 0; c < channels; ++c) q[c] += w.beta[c];
-  for (Index c = 0; c < channels; ++c) gate[c] = 0;
-  for_kernel(w.size, channels, [=](Index j, Index offset, Index from, Index to) {
+void gate_of(const Weights<T>& w, const T* q, Index channels, Index b, Index c0, Index c1, T* gate) {
+  for (Index c = c0; c < c1; ++c) gate[c] = 0;
+  for_kernel(w.size, channels, c0, c1, [=](Index j, Index offset, Index from, Index to) {
     T k = w.kernel[j];
     for (Index c = from; c < to; ++c) gate[c] += k * q[c + offset];
   });
   T drop = w.drop ? w.drop[b] : T(1);
-  for (Index c = 0; c < channels; ++c) gate[c] = sigmoid(gate[c]) * drop;
+  for (Index c = c0; c < c1; ++c) gate[c] = sigmoid(gate[c]) * drop;
 }
 
 template <typename T>
-void gains_of(const Weights<T>& w, const T* norm, const T* pooled, Index channels, Index b, T* scale, T* offset) {
-  T *q = offset, *gate = scale;  // each is read before its place is written
-  gate_of(w, norm, pooled, channels, b, q, gate);
-  for (Index c = 0; c < channels; ++c) {
-    offset[c] = gate[c] * q[c];
-    scale[c] = gate[c] * norm[c];
+void gains_of(const Weights<T>& w, const T* norm, const T* q, Index channels, Index b, Index c0, Index c1, T* scale,
+              T* offset) {
+  gate_of(w, q, channels, b, c0, c1, scale);
+  for (Index c = c0; c < c1; ++c) {
+    offset[c] = scale[c] * q[c];
+    scale[c] *= norm[c];
   }
 }
+
+// ---- loops over samples and channels ----
+
+// Calls body(i) for each i below count.
+template <typename F> void in_parallel(const Shape& d, Index count, F body) {
+  Index threads = threads_for(d);
+  if (threads == 1) {  // entering a parallel region costs as much as a small map
+    for (Index i = 0; i < count; ++i) body(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (Index i = 0; i < count; ++i) body(i);
+}
+
+template <typename F> void for_samples(const Shape& d, F body) { in_parallel(d, d.batch, body); }
 
 // Calls body(b, c0, c1) for every sample and range of channels, in parallel.
 template <typename F> void for_channels(const Shape& d, F body) {
   Index width = d.batch >= d.threads ? d.channels : kChannelBlock;
   Index blocks = (d.channels + width - 1) / width;
-#pragma omp parallel for collapse(2) num_threads(threads_for(d)) schedule(static)
-  for (Index b = 0; b < d.batch; ++b)
-    for (Index block = 0; block < blocks; ++block) {
-      Index c0 = block * width, c1 = c0 + width;
-      body(b, c0, c1 < d.channels ? c1 : d.channels);
-    }
+  in_parallel(d, d.batch * blocks, [=](Index i) {
+    Index c0 = i % blocks * width;
+    body(i / blocks, c0, std::min(c0 + width, d.channels));
+  });
 }
 
-template <typename F> void for_samples(const Shape& d, F body) {
-#pragma omp parallel for num_threads(threads_for(d)) schedule(static)
-  for (Index b = 0; b < d.batch; ++b) body(b);
+// Calls pool(c0, c1) for a sample's channels a few at a time (NCHW), and finish(c0, c1) for those that have been pooled
+// with their neighbours, within reach: their second read comes from the cache.
+template <typename P, typename F> void roll(const Shape& d, Index reach, P pool, F finish) {
+  Index width = d.nhwc ? d.channels : std::max<Index>(kCached / d.area, 1);
+  for (Index c0 = 0, done = 0; c0 < d.channels; c0 += width) {
+    Index c1 = std::min(c0 + width, d.channels);
+    pool(c0, c1);
+    Index ready = c1 < d.channels ? std::max(c1 - reach, done) : c1;
+    finish(done, ready);
+    done = ready;
+  }
 }
 
 template <typename T>
@@ -314,46 +398,43 @@ void apply(const T* z, const T* other, T* out, const T* centre, const T* scale, 
 }
 
 template <typename T>
-void forward(const Shape& d, const T* z, const T* other, T* out, Weights<T> w, T* mean, T* var, T* pooled,
+void forward(const Shape& d, const T* z, const T* other, T* out, const Weights<T>& w, T* mean, T* var, T* pooled,
              bool of_batch, bool relu) {
   Index channels = d.channels, vectors = d.batch * channels;
-  std::vector<T> space(2 * vectors + 2 * channels);
-  T *scale = space.data(), *offset = scale + vectors, *inverse = offset + vectors, *norm = inverse + channels;
-  T* square = of_batch ? offset : nullptr;
-  auto pool = [=](Index b, Index c0, Index c1) { moments<T>(z, d, b, c0, c1, pooled, square); };
-  auto gains = [=](Index b) {
+  std::unique_ptr<T[]> space(new T[3 * vectors + 2 * channels]);
+  T *scale = space.get(), *offset = scale + vectors, *q = offset + vectors, *inverse = q + vectors;
+  T *norm = inverse + channels, *square = offset;
+  auto read = [=](Index b, Index c0, Index c1) {
     Index v = b * channels;
-    gains_of(w, norm, pooled + v, channels, b, scale + v, offset + v);
+    if (of_batch)
+      moments(z + v * d.area, d, c0, c1, pooled + v, square + v);
+    else
+      pool(z + v * d.area, d, c0, c1, pooled + v);
+  };
+  auto gains = [=](Index b, Index c0, Index c1) {
+    Index v = b * channels;
+    gains_of(w, norm, q + v, channels, b, c0, c1, scale + v, offset + v);
+  };
+  auto norm_pooled = [=](Index b, Index c0, Index c1) {
+    Index v = b * channels;
+    normed(w, norm, pooled + v, c0, c1, q + v);
   };
   auto write = [=](Index b, Index c0, Index c1) {
     apply(z, other, out, pooled, scale, offset, d, b, c0, c1, relu);
   };
-  if (!of_batch && d.batch >= d.threads) {  // a sample at a time: its second read comes from the cache
+  if (!of_batch && d.batch >= d.threads) {  // a sample at a time
     norm_of(w, channels, inverse, norm);
-    for_samples(d, [=](Index b) { pool(b, 0, channels), gains(b), write(b, 0, channels); });
+    for_samples(d, [=](Index b) {
+      roll(d, w.size / 2, [=](Index c0, Index c1) { read(b, c0, c1), norm_pooled(b, c0, c1); },
+           [=](Index c0, Index c1) { gains(b, c0, c1), write(b, c0, c1); });
+    });
     return;
   }
-  for_channels(d, pool);
+  for_channels(d, read);
   if (of_batch) batch_moments(d, pooled, square, mean, var);
   norm_of(w, channels, inverse, norm);
-  for_samples(d, gains);
+  for_samples(d, [=](Index b) { norm_pooled(b, 0, channels), gains(b, 0, channels); });
   for_channels(d, write);
-}
-
-// The sums of grad over a sample's map, grad masked by the ReLU on the way.
-template <typename T>
-void dots_of(const Shape& d, const T* grad, const T* out, const T* z, T* g, const T* pooled, T* dots, T* total,
-             Index b, Index c0, Index c1) {
-  Index step = d.nhwc ? c1 - c0 : 1;
-  for (Index c = c0; c < c1; c += step) {
-    Index at = b * d.channels * d.area + (d.nhwc ? c : c * d.area), v = b * d.channels + c;
-    const T* o = out ? out + at : nullptr;
-    T* gi = out ? g + at : nullptr;
-    if (d.nhwc)
-      block_dots(grad + at, o, z + at, gi, d.area, d.channels, step, pooled + v, dots + v, total + v);
-    else
-      row_dots(grad + at, o, z + at, gi, d.area, pooled[v], dots + v, total + v);
-  }
 }
 
 // From a sample's dots and total: the gradients of q and of the kernel; scale becomes what multiplies grad in that of
@@ -361,15 +442,16 @@ void dots_of(const Shape& d, const T* grad, const T* out, const T* z, T* g, cons
 template <typename T>
 void gate_grads(const Weights<T>& w, const T* norm, const T* pooled, Index channels, Index b, T* dots, const T* total,
                 T* scale, T* dq, T* dkernel) {
-  std::vector<T> space(3 * channels);
-  T *q = space.data(), *gate = q + channels, *dy = gate + channels;
-  gate_of(w, norm, pooled, channels, b, q, gate);
+  std::unique_ptr<T[]> space(new T[3 * channels]);
+  T *q = space.get(), *gate = q + channels, *dy = gate + channels;
+  normed(w, norm, pooled, 0, channels, q);
+  gate_of(w, q, channels, b, 0, channels, gate);
   T drop = w.drop ? w.drop[b] : T(1), undo = drop == T(0) ? T(0) : T(1) / drop;
   for (Index c = 0; c < channels; ++c) {
     dy[c] = (dots[c] * norm[c] + total[c] * q[c]) * gate[c] * (T(1) - gate[c] * undo);
     dq[c] = total[c] * gate[c];
   }
-  for_kernel(w.size, channels, [=](Index j, Index offset, Index from, Index to) {
+  for_kernel(w.size, channels, 0, channels, [=](Index j, Index offset, Index from, Index to) {
     T k = w.kernel[j], dk = 0;
 #pragma omp simd reduction(+ : dk)
     for (Index c = from; c < to; ++c) {
@@ -388,45 +470,61 @@ template <typename T>
 void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* dz, const Weights<T>& w,
               const T* pooled, T* dgamma, T* dbeta, T* dkernel, bool of_batch) {
   Index channels = d.channels, vectors = d.batch * channels;
-  std::vector<T> space(4 * vectors + 3 * channels + d.batch * w.size);
-  T *dots = space.data(), *total = dots + vectors, *scale = total + vectors, *dq = scale + vectors;
-  T *inverse = dq + vectors, *norm = inverse + channels, *slope = norm + channels, *dkernels = slope + channels;
-  for_channels(d, [=](Index b, Index c0, Index c1) { dots_of(d, grad, out, z, g, pooled, dots, total, b, c0, c1); });
+  std::unique_ptr<T[]> space(new T[4 * vectors + 4 * channels + d.batch * w.size]);
+  T *dot = space.get(), *total = dot + vectors, *scale = total + vectors, *dq = scale + vectors;
+  T *inverse = dq + vectors, *norm = inverse + channels, *slope = norm + channels, *common = slope + channels;
+  T* dkernels = common + channels;
+  std::fill_n(slope, 2 * channels, T(0));
   norm_of(w, channels, inverse, norm);
-  for_samples(d, [=](Index b) {
+  auto sum = [=](Index b, Index c0, Index c1) {
+    Index v = b * channels, at = v * d.area;
+    auto run = out ? dots<T, true> : dots<T, false>;
+    run(grad + at, out ? out + at : nullptr, z + at, out ? g + at : nullptr, pooled + v, dot + v, total + v, d, c0, c1);
+  };
+  auto grads = [=](Index b) {
     Index v = b * channels;
-    gate_grads(w, norm, pooled + v, channels, b, dots + v, total + v, scale + v, dq + v, dkernels + b * w.size);
-  });
+    gate_grads(w, norm, pooled + v, channels, b, dot + v, total + v, scale + v, dq + v, dkernels + b * w.size);
+  };
+  // z reaches the result by itself, times scale; by its mean, which is also subtracted; and by the batch's moments.
+  T* shift = total;
+  auto shift_of = [=](Index b) {
+    for (Index c = 0, v = b * channels; c < channels; ++c, ++v)
+      shift[v] = (dq[v] * norm[c] - scale[v] * total[v]) / T(d.area) + common[c];
+  };
+  const T* masked = out ? g : grad;
+  auto write = [=](Index b, Index c0, Index c1) {
+    Index v = b * channels, at = v * d.area;
+    map_grad(masked + at, z + at, dz + at, scale + v, w.mean, slope, shift + v, d, c0, c1);
+  };
+  bool at_once = !of_batch && d.batch >= d.threads;
+  if (at_once) {  // a sample at a time: its second read comes from the cache
+    for_samples(d, [=](Index b) {
+      sum(b, 0, channels), grads(b);
+      if (dz) shift_of(b), write(b, 0, channels);
+    });
+  } else {
+    for_channels(d, sum);
+    for_samples(d, grads);
+  }
 
   std::vector<double> sums(2 * channels + w.size);
   double *dnorm = sums.data(), *dmean = dnorm + channels, *dk = dmean + channels;
   for (Index b = 0; b < d.batch; ++b) {
-    for (Index c = 0; c < channels; ++c) dnorm[c] += dots[b * channels + c], dmean[c] += dq[b * channels + c];
+    for (Index c = 0; c < channels; ++c) dnorm[c] += dot[b * channels + c], dmean[c] += dq[b * channels + c];
     for (Index j = 0; j < w.size; ++j) dk[j] += dkernels[b * w.size + j];
   }
   for (Index c = 0; c < channels; ++c) dgamma[c] = T(dnorm[c] * inverse[c]), dbeta[c] = T(dmean[c]);
   for (Index j = 0; j < w.size; ++j) dkernel[j] = T(dk[j]);
-  if (!dz) return;
+  if (!dz || at_once) return;
 
-  // z reaches the result by itself, times scale; by its mean, which is also subtracted; and by the batch's moments.
   double count = double(d.batch) * d.area;
-  std::vector<T> common(channels);
   if (of_batch)
     for (Index c = 0; c < channels; ++c) {
       slope[c] = T(-dnorm[c] * norm[c] * inverse[c] * inverse[c] / count);
       common[c] = T(-dmean[c] * norm[c] / count);
     }
-  T* shift = dq;
-  for (Index b = 0; b < d.batch; ++b)
-    for (Index c = 0; c < channels; ++c) {
-      Index v = b * channels + c;
-      shift[v] = (dq[v] * norm[c] - scale[v] * total[v]) / T(d.area) + common[c];
-    }
-  const T* masked = out ? g : grad;
-  for_channels(d, [=](Index b, Index c0, Index c1) {
-    Index at = b * channels * d.area, v = b * channels;
-    map_grad(masked + at, z + at, dz + at, scale + v, w.mean, slope, shift + v, d, c0, c1);
-  });
+  for_samples(d, shift_of);
+  for_channels(d, write);
 }
 
 // ---- calls: what native.py packs, field by field ----

@@ -1,0 +1,164 @@
+"""The compiled passes against those of PyTorch in double precision, where their loops are cut and rows are folded."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from timm_eca.fused import native, passes
+from timm_eca.fused.formula import Moments, Running, TailWeights
+
+pytestmark = pytest.mark.skipif(not native.loaded(), reason="the compiled passes are not built here")
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=["float64", "float32"])
+OF_BATCH = pytest.mark.parametrize("of_batch", [True, False], ids=["batch", "given"])
+NHWC, NCHW = torch.channels_last, torch.contiguous_format
+
+
+def maps_of(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, aligned: bool) -> list[Tensor]:
+    """A map, a shortcut and a gradient, at odd addresses unless aligned."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    level = 2 * torch.randn(1, shape[1], 1, 1, generator=generator, dtype=torch.float64)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64) + level for _ in range(3)]
+    maps = []
+    for t in made:
+        like = torch.empty_like(t, dtype=dtype).contiguous(memory_format=layout)
+        room = torch.empty(t.numel() + 1, dtype=dtype)[0 if aligned else 1 :][: t.numel()]
+        maps.append(room.as_strided(like.shape, like.stride(), room.storage_offset()).copy_(t))
+    return maps
+
+
+def weights_of(shape: tuple[int, ...], dtype: torch.dtype, of_batch: bool, kernel_size: int) -> TailWeights:
+    generator = torch.Generator().manual_seed(kernel_size)
+    batch, channels = shape[:2]
+    weight, bias, mean, shift = torch.randn(4, channels, generator=generator, dtype=torch.float64)
+    var = 0.5 + shift**2
+    return TailWeights(
+        kernel=torch.randn(1, 1, kernel_size, generator=generator, dtype=torch.float64).to(dtype),
+        gate=nn.Sigmoid(),
+        weight=weight.to(dtype),
+        bias=bias.to(dtype),
+        moments=None if of_batch else Moments(mean.to(dtype), var.to(dtype)),
+        running=Running(mean.to(dtype), var.to(dtype), 0.1) if of_batch else None,
+        drop=2 * (torch.rand(batch, 1, generator=generator) < 0.7).to(dtype),
+        eps=1e-2,
+    )
+
+
+def doubled(weights: TailWeights) -> TailWeights:
+    moments = weights.moments and Moments(*(t.double() for t in weights.moments))
+    running = weights.running and Running(*(t.double() for t in weights.running[:2]), weights.running.factor)
+    vectors = {name: getattr(weights, name).double() for name in ("kernel", "weight", "bias", "drop")}
+    return weights._replace(**vectors, moments=moments, running=running)
+
+
+def check(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    of_batch: bool,
+    kernel_size: int = 3,
+    add: bool = True,
+    relu: bool = True,
+    inplace: bool = False,
+    aligned: bool = True,
+) -> None:
+    """Run both passes, each with the same maps, and compare all that they give."""
+    z, shortcut, grad = maps_of(shape, dtype, layout, aligned)
+    weights = weights_of(shape, dtype, of_batch, kernel_size)
+    exact = doubled(weights)
+    other = shortcut if add else None
+    out, pooled, moments = passes.forward(
+        z.double(), None if other is None else other.double(), exact, relu, inplace=False
+    )
+    found = native.forward(z.clone() if inplace else z, other, weights, relu, inplace)
+    compare([found[0], found[1], *found[2]], [out, pooled, *moments], dtype)
+    if of_batch:
+        compare(weights.running[:2], exact.running[:2], dtype)
+
+    given = out.to(dtype) if relu else None  # an oracle's: the ReLU is to cut both at the same place
+    rest = [True, True, True, True, of_batch]
+    double = [t if t is None else t.double() for t in (grad, given, z, pooled)]
+    expected = passes.backward(*double, exact._replace(moments=moments), [True, *rest])
+    own = weights._replace(moments=Moments(*(t.to(dtype) for t in moments)))
+    compare(native.backward(grad, given, z, pooled.to(dtype), own, [True, *rest]), expected, dtype)
+    without_map = native.backward(grad, given, z, pooled.to(dtype), own, [False, *rest])
+    assert without_map[0] is None
+    compare(without_map[1:], expected[1:], dtype)
+
+
+def compare(actual, expected, dtype: torch.dtype) -> None:
+    for index, (a, e) in enumerate(zip(actual, expected)):
+        assert a.dtype == dtype
+        assert a.shape == e.shape
+        off, largest = (a.double() - e).abs().max().item(), max(e.abs().max().item(), 1e-2)
+        assert off <= TOLERANCES[dtype] * largest, f"{index}: off by {off:.3g} where the largest is {largest:.3g}"
+
+
+class TestNarrowMaps:
+    """NHWC: several pixels make a row, and the last row is shorter."""
+
+    @DTYPES
+    @OF_BATCH
+    @pytest.mark.parametrize("channels", [1, 2, 3, 7, 8, 16, 24, 33, 64, 96, 127, 128, 129, 130])
+    @pytest.mark.parametrize("area", [(2, 1), (5, 3), (13, 11), (31, 29)], ids=str)
+    def test_channels_and_areas(self, area, channels, of_batch, dtype):
+        check((3, channels, *area), dtype, NHWC, of_batch)
+
+    @DTYPES
+    @OF_BATCH
+    @pytest.mark.parametrize("rows", [63, 64, 65, 128])
+    def test_full_rows(self, rows, of_batch, dtype):
+        check((2, 32, rows, 8), dtype, NHWC, of_batch)
+
+    @OF_BATCH
+    @pytest.mark.parametrize("channels", [7, 16, 70, 130])
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_threads(self, threads, batch, channels, of_batch):
+        check((batch, channels, 73, 71), torch.float64, NHWC, of_batch)
+
+
+class TestRollingChannels:
+    """NCHW with given moments: a channel is written once its neighbours are pooled, many rows or one at a time."""
+
+    @DTYPES
+    @pytest.mark.parametrize("kernel_size", [1, 3, 5, 9, 17, 23])
+    @pytest.mark.parametrize("area", [(97, 99), (150, 149), (260, 255)], ids=str)
+    def test_kernels(self, area, kernel_size, dtype):
+        check((2, 8, *area), dtype, NCHW, of_batch=False, kernel_size=kernel_size)
+
+    @pytest.mark.parametrize("batch", [1, 2, 3])
+    def test_threads(self, threads, batch):
+        check((batch, 9, 150, 149), torch.float64, NCHW, of_batch=False, kernel_size=5)
+
+
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+class TestBothLayouts:
+    @DTYPES
+    @OF_BATCH
+    @pytest.mark.parametrize("area", [(1, 1), (1, 3), (7, 7), (15, 17), (16, 16), (19, 15), (33, 31)], ids=str)
+    def test_areas(self, area, of_batch, dtype, layout):
+        check((2, 20, *area), dtype, layout, of_batch)
+
+    @DTYPES
+    @OF_BATCH
+    @pytest.mark.parametrize("add", [True, False])
+    @pytest.mark.parametrize("relu", [True, False])
+    def test_in_place(self, relu, add, of_batch, dtype, layout):
+        check((2, 24, 29, 31), dtype, layout, of_batch, add=add, relu=relu, inplace=True)
+
+    @DTYPES
+    @OF_BATCH
+    @pytest.mark.parametrize("channels", [16, 23])
+    def test_odd_addresses(self, channels, of_batch, dtype, layout):
+        check((2, channels, 17, 19), dtype, layout, of_batch, aligned=False)
+
+    @OF_BATCH
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_in_place_is_the_same(self, threads, batch, of_batch, layout):
+        shape = (batch, 24, 57, 55)
+        z, shortcut, _ = maps_of(shape, torch.float32, layout, aligned=True)
+        weights = weights_of(shape, torch.float32, of_batch, 5)
+        apart = native.forward(z, shortcut, weights, True, inplace=False)[0]
+        assert torch.equal(native.forward(z, shortcut, weights, True, inplace=True)[0], apart)
+        assert torch.equal(z, apart)
