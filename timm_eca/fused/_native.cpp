@@ -25,7 +25,6 @@ constexpr Index kWide = 256;           // elements of such a row, at most, where
 constexpr Index kRowsAtOnce = 4;       // rows of such a map that are added at once where they are several pixels
 constexpr Index kLanes = 32;           // sums that one row of an NCHW map is added up in
 constexpr Index kLong = 256;           // elements of a row for which that pays
-constexpr Index kCached = 65536;       // elements of an NCHW map that are pooled before the first are written
 constexpr Index kWorthAThread = 32768; // elements, PyTorch's own grain
 
 Index threads_for(const Shape& d) {
@@ -287,40 +286,39 @@ template <typename T> void norm_of(const Weights<T>& w, Index channels, T* inver
 
 // q = (pooled - mean) * norm + beta
 template <typename T>
-void normed(const Weights<T>& w, const T* norm, const T* pooled, Index c0, Index c1, T* q) {
-  for (Index c = c0; c < c1; ++c) q[c] = (pooled[c] - w.mean[c]) * norm[c];
+void normed(const Weights<T>& w, const T* norm, const T* pooled, Index channels, T* q) {
+  for (Index c = 0; c < channels; ++c) q[c] = (pooled[c] - w.mean[c]) * norm[c];
   if (w.beta)
-    for (Index c = c0; c < c1; ++c) q[c] += w.beta[c];
+    for (Index c = 0; c < channels; ++c) q[c] += w.beta[c];
 }
 
-// Calls body(j, offset, from, to) for each weight of a kernel: for c of [from, to), within [c0, c1), it meets channel
-// c + offset.
-template <typename F> void for_kernel(Index size, Index channels, Index c0, Index c1, F body) {
+// Calls body(j, offset, from, to) for each weight of a kernel: it meets channel c + offset for c of [from, to).
+template <typename F> void for_kernel(Index size, Index channels, F body) {
   for (Index j = 0; j < size; ++j) {
     Index offset = j - size / 2;
-    body(j, offset, std::max(c0, -offset), std::min(c1, channels - offset));
+    body(j, offset, std::max<Index>(0, -offset), std::min(channels, channels - offset));
   }
 }
 
-// gate = sigmoid(conv(q)) * drop, of some channels of one sample.
-template <typename T>
-void gate_of(const Weights<T>& w, const T* q, Index channels, Index b, Index c0, Index c1, T* gate) {
-  for (Index c = c0; c < c1; ++c) gate[c] = 0;
-  for_kernel(w.size, channels, c0, c1, [=](Index j, Index offset, Index from, Index to) {
+// gate = sigmoid(conv(q)) * drop, of one sample.
+template <typename T> void gate_of(const Weights<T>& w, const T* q, Index channels, Index b, T* gate) {
+  std::fill_n(gate, channels, T(0));
+  for_kernel(w.size, channels, [=](Index j, Index offset, Index from, Index to) {
     T k = w.kernel[j];
     for (Index c = from; c < to; ++c) gate[c] += k * q[c + offset];
   });
   T drop = w.drop ? w.drop[b] : T(1);
-  for (Index c = c0; c < c1; ++c) gate[c] = sigmoid(gate[c]) * drop;
+  for (Index c = 0; c < channels; ++c) gate[c] = sigmoid(gate[c]) * drop;
 }
 
 template <typename T>
-void gains_of(const Weights<T>& w, const T* norm, const T* q, Index channels, Index b, Index c0, Index c1, T* scale,
-              T* offset) {
-  gate_of(w, q, channels, b, c0, c1, scale);
-  for (Index c = c0; c < c1; ++c) {
-    offset[c] = scale[c] * q[c];
-    scale[c] *= norm[c];
+void gains_of(const Weights<T>& w, const T* norm, const T* pooled, Index channels, Index b, T* scale, T* offset) {
+  T *q = offset, *gate = scale;  // each is read before its place is written
+  normed(w, norm, pooled, channels, q);
+  gate_of(w, q, channels, b, gate);
+  for (Index c = 0; c < channels; ++c) {
+    offset[c] = gate[c] * q[c];
+    scale[c] = gate[c] * norm[c];
   }
 }
 
@@ -347,19 +345,6 @@ template <typename F> void for_channels(const Shape& d, F body) {
     Index c0 = i % blocks * width;
     body(i / blocks, c0, std::min(c0 + width, d.channels));
   });
-}
-
-// Calls pool(c0, c1) for a sample's channels a few at a time (NCHW), and finish(c0, c1) for those that have been pooled
-// with their neighbours, within reach: their second read comes from the cache.
-template <typename P, typename F> void roll(const Shape& d, Index reach, P pool, F finish) {
-  Index width = d.nhwc ? d.channels : std::max<Index>(kCached / d.area, 1);
-  for (Index c0 = 0, done = 0; c0 < d.channels; c0 += width) {
-    Index c1 = std::min(c0 + width, d.channels);
-    pool(c0, c1);
-    Index ready = c1 < d.channels ? std::max(c1 - reach, done) : c1;
-    finish(done, ready);
-    done = ready;
-  }
 }
 
 template <typename T>
@@ -401,9 +386,9 @@ template <typename T>
 void forward(const Shape& d, const T* z, const T* other, T* out, const Weights<T>& w, T* mean, T* var, T* pooled,
              bool of_batch, bool relu) {
   Index channels = d.channels, vectors = d.batch * channels;
-  std::unique_ptr<T[]> space(new T[3 * vectors + 2 * channels]);
-  T *scale = space.get(), *offset = scale + vectors, *q = offset + vectors, *inverse = q + vectors;
-  T *norm = inverse + channels, *square = offset;
+  std::unique_ptr<T[]> space(new T[2 * vectors + 2 * channels]);
+  T *scale = space.get(), *offset = scale + vectors, *inverse = offset + vectors, *norm = inverse + channels;
+  T* square = offset;
   auto read = [=](Index b, Index c0, Index c1) {
     Index v = b * channels;
     if (of_batch)
@@ -411,29 +396,22 @@ void forward(const Shape& d, const T* z, const T* other, T* out, const Weights<T
     else
       pool(z + v * d.area, d, c0, c1, pooled + v);
   };
-  auto gains = [=](Index b, Index c0, Index c1) {
+  auto gains = [=](Index b) {
     Index v = b * channels;
-    gains_of(w, norm, q + v, channels, b, c0, c1, scale + v, offset + v);
-  };
-  auto norm_pooled = [=](Index b, Index c0, Index c1) {
-    Index v = b * channels;
-    normed(w, norm, pooled + v, c0, c1, q + v);
+    gains_of(w, norm, pooled + v, channels, b, scale + v, offset + v);
   };
   auto write = [=](Index b, Index c0, Index c1) {
     apply(z, other, out, pooled, scale, offset, d, b, c0, c1, relu);
   };
-  if (!of_batch && d.batch >= d.threads) {  // a sample at a time
+  if (!of_batch && d.batch >= d.threads) {  // a sample at a time: its second read comes from the cache
     norm_of(w, channels, inverse, norm);
-    for_samples(d, [=](Index b) {
-      roll(d, w.size / 2, [=](Index c0, Index c1) { read(b, c0, c1), norm_pooled(b, c0, c1); },
-           [=](Index c0, Index c1) { gains(b, c0, c1), write(b, c0, c1); });
-    });
+    for_samples(d, [=](Index b) { read(b, 0, channels), gains(b), write(b, 0, channels); });
     return;
   }
   for_channels(d, read);
   if (of_batch) batch_moments(d, pooled, square, mean, var);
   norm_of(w, channels, inverse, norm);
-  for_samples(d, [=](Index b) { norm_pooled(b, 0, channels), gains(b, 0, channels); });
+  for_samples(d, gains);
   for_channels(d, write);
 }
 
@@ -444,14 +422,14 @@ void gate_grads(const Weights<T>& w, const T* norm, const T* pooled, Index chann
                 T* scale, T* dq, T* dkernel) {
   std::unique_ptr<T[]> space(new T[3 * channels]);
   T *q = space.get(), *gate = q + channels, *dy = gate + channels;
-  normed(w, norm, pooled, 0, channels, q);
-  gate_of(w, q, channels, b, 0, channels, gate);
+  normed(w, norm, pooled, channels, q);
+  gate_of(w, q, channels, b, gate);
   T drop = w.drop ? w.drop[b] : T(1), undo = drop == T(0) ? T(0) : T(1) / drop;
   for (Index c = 0; c < channels; ++c) {
     dy[c] = (dots[c] * norm[c] + total[c] * q[c]) * gate[c] * (T(1) - gate[c] * undo);
     dq[c] = total[c] * gate[c];
   }
-  for_kernel(w.size, channels, 0, channels, [=](Index j, Index offset, Index from, Index to) {
+  for_kernel(w.size, channels, [=](Index j, Index offset, Index from, Index to) {
     T k = w.kernel[j], dk = 0;
 #pragma omp simd reduction(+ : dk)
     for (Index c = from; c < to; ++c) {
