@@ -149,47 +149,48 @@ template <typename T> void fold(const Grid& grid, const T* parts, T* sums) {
 }
 
 // Adds terms of some rows, from the element at on, to the sums of each column: these are read and written once.
-template <Index kRows, typename T, typename F> void add_rows(Index at, Index stride, Index width, F add, T* f, T* s) {
+template <Index kRows, bool kTwo, typename T, typename F>
+void add_rows(Index at, Index stride, Index width, F add, T* f, T* s) {
 #pragma omp simd
   for (Index c = 0; c < width; ++c) {
-    T first = f[c], second = s[c];
+    T first = f[c], second = kTwo ? s[c] : T(0);
     for (Index r = 0; r < kRows; ++r) add(at + r * stride + c, c, first, second);
     f[c] = first;
-    s[c] = second;
+    if (kTwo) s[c] = second;
   }
 }
 
-// Two sums over the pixels, for each channel. They are kept for a few rows at a time, so that small terms are not lost
-// in large sums.
-template <Index kRows, typename T, typename F>
+// One or two sums over the pixels, for each channel. They are kept for a few rows at a time, so that small terms are
+// not lost in large sums.
+template <Index kRows, bool kTwo, typename T, typename F>
 void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
   std::vector<T> parts(2 * grid.width);
   T *f = parts.data(), *s = f + grid.width;
   std::fill_n(first, grid.channels, T(0));
-  if (second) std::fill_n(second, grid.channels, T(0));
+  if (kTwo) std::fill_n(second, grid.channels, T(0));
   Index many = grid.repeat > 1 ? grid.rows : 0;  // rows of wide maps are read faster one after the other
   for (Index i = 0; i <= grid.rows;) {
     std::fill(parts.begin(), parts.end(), T(0));
     Index end = i + kPixels;
     for (; i + kRows <= std::min(end, many); i += kRows)
-      add_rows<kRows>(from + i * grid.stride, grid.stride, grid.width, add, f, s);
-    for (; i < end && i <= grid.rows; ++i) add_rows<1>(from + i * grid.stride, 0, grid.width_of(i), add, f, s);
+      add_rows<kRows, kTwo>(from + i * grid.stride, grid.stride, grid.width, add, f, s);
+    for (; i < end && i <= grid.rows; ++i) add_rows<1, kTwo>(from + i * grid.stride, 0, grid.width_of(i), add, f, s);
     fold(grid, f, first);
-    if (second) fold(grid, s, second);
+    if (kTwo) fold(grid, s, second);
   }
 }
 
-// Two sums of some channels' elements: add(at, c, first, second) adds an element's terms. make(vector) returns it.
-// kRows is how many rows of a narrow NHWC map are added at once.
-template <Index kRows, typename T, typename F>
+// One or two sums of some channels' elements: add(at, c, first, second) adds an element's terms. make(vector) returns
+// it. kRows is how many rows of a narrow NHWC map are added at once.
+template <Index kRows, bool kTwo, typename T, typename F>
 void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T* first, T* second) {
   if (d.nhwc) {
     Grid grid(d, c0, c1);
     Repeated<T> repeated(vector + c0, grid);
-    sum_pixels<kRows>(grid, c0, make(repeated.data), first + c0, second ? second + c0 : nullptr);
+    sum_pixels<kRows, kTwo>(grid, c0, make(repeated.data), first + c0, second + c0);
   } else {
     for (Index c = c0; c < c1; ++c)
-      sum_row(c * d.area, d.area, make(Everywhere<T>{vector[c]}), first + c, second ? second + c : nullptr);
+      sum_row(c * d.area, d.area, make(Everywhere<T>{vector[c]}), first + c, kTwo ? second + c : nullptr);
   }
 }
 
@@ -197,7 +198,7 @@ void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T
 
 template <typename T> void pool(const T* z, const Shape& d, Index c0, Index c1, T* mean) {
   auto make = [=](auto) { return [=](Index at, Index, T& sum, T&) { sum += z[at]; }; };
-  sum_elements<kRowsAtOnce, T>(d, c0, c1, make, mean, mean, nullptr);
+  sum_elements<kRowsAtOnce, false>(d, c0, c1, make, z, mean, mean);  // no vector is needed, and one sum
   for (Index c = c0; c < c1; ++c) mean[c] /= T(d.area);
 }
 
@@ -218,7 +219,7 @@ template <typename T> void pixel_moments(const T* z, const Shape& d, Index c0, I
       squares += v * v;
     };
   };
-  sum_elements<kRowsAtOnce>(d, c0, c1, make, z, mean, square);
+  sum_elements<kRowsAtOnce, true>(d, c0, c1, make, z, mean, square);
   for (Index c = c0; c < c1; ++c) {
     T off = mean[c] / T(d.area);
     square[c] -= off * mean[c];
@@ -257,7 +258,7 @@ void dots(const T* grad, const T* out, const T* z, T* g, const T* centre, T* dot
       sum += v;
     };
   };
-  sum_elements<1>(d, c0, c1, make, centre, dots, total);  // four maps are streams enough
+  sum_elements<1, true>(d, c0, c1, make, centre, dots, total);  // four maps are streams enough
 }
 
 // dz = g * scale + (z - centre) * slope + shift

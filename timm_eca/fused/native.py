@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formula import Moments, TailWeights, layout_of
+from .formula import Moments, TailWeights
 
 __all__ = ["backward", "forward", "loaded", "takes"]
 
@@ -50,9 +50,9 @@ def takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
     dtype = z.dtype
     if ("forward", dtype) not in _functions or not z.is_cpu:
         return False
-    running = weights.running[:2] if weights.running else ()
-    vectors = (weights.weight, weights.bias, weights.kernel, weights.drop, *(weights.moments or ()), *running)
-    for t in vectors:
+    kernel, _, weight, bias, moments, running, drop, _ = weights
+    mean, var = moments or (running[:2] if running else (None, None))
+    for t in (kernel, weight, bias, mean, var, drop):
         if t is not None and not (t.dtype == dtype and t.is_cpu and t.is_contiguous()):
             return False
     return shortcut is None or (shortcut.dtype == dtype and shortcut.is_cpu)
@@ -62,16 +62,16 @@ def forward(
     z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool, inplace: bool
 ) -> tuple[Tensor, Tensor | None, Moments]:
     """As `passes.forward`. In place, z is not pooled for a backward pass."""
-    of_batch = weights.moments is None
-    keeps = not inplace
-    out = torch.empty_like(z) if keeps else z
-    pooled = z.new_empty(z.shape[:2]) if keeps else None
-    moments = weights.moments or Moments(z.new_empty(z.shape[1]), z.new_empty(z.shape[1]))
-    running_mean, running_var, factor = weights.running or (None, None, 0.0)
-    maps = (z, _as_format(shortcut, z), out)
-    vectors = (weights.weight, weights.bias, weights.kernel, *moments, weights.drop, pooled, running_mean, running_var)
-    sizes = (*_sizes(z), weights.kernel.numel(), of_batch, relu)
-    _functions["forward", z.dtype](_FORWARD.pack(*sizes, weights.eps, factor, *map(_address, maps + vectors)))
+    kernel, _, weight, bias, given, running, drop, eps = weights
+    out, pooled = (z, None) if inplace else (torch.empty_like(z), z.new_empty(z.shape[:2]))
+    moments = given or Moments(z.new_empty(z.shape[1]), z.new_empty(z.shape[1]))
+    running_mean, running_var, factor = running or (None, None, 0.0)
+    nhwc = not z.is_contiguous()
+    if shortcut is not None:
+        shortcut = shortcut.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+    tensors = (z, shortcut, out, weight, bias, kernel, *moments, drop, pooled, running_mean, running_var)
+    sizes = (*_sizes(z, nhwc), kernel.numel(), given is None, relu)
+    _functions["forward", z.dtype](_FORWARD.pack(*sizes, eps, factor, *map(_address, tensors)))
     return out, pooled, moments
 
 
@@ -79,24 +79,20 @@ def backward(
     grad: Tensor, out: Tensor | None, z: Tensor, pooled: Tensor, weights: TailWeights, wanted: list[bool]
 ) -> list[Tensor | None]:
     """As `passes.backward`."""
-    assert weights.moments is not None
+    kernel, _, weight, bias, moments, _, drop, eps = weights
+    assert moments is not None
     masked = grad if out is None else torch.empty_like(z)
     dz = torch.empty_like(z) if wanted[0] else None
-    d_weights = [torch.empty_like(t) for t in (*weights.moments, weights.kernel)]
-    maps = (grad, out, z, masked, dz)
-    vectors = (weights.weight, weights.bias, weights.kernel, *weights.moments, weights.drop, pooled, *d_weights)
-    sizes = (*_sizes(z), weights.kernel.numel(), wanted[5], False)
-    _functions["backward", z.dtype](_BACKWARD.pack(*sizes, weights.eps, *map(_address, maps + vectors)))
+    d_weights = [torch.empty_like(t) for t in (*moments, kernel)]
+    tensors = (grad, out, z, masked, dz, weight, bias, kernel, *moments, drop, pooled, *d_weights)
+    sizes = (*_sizes(z, not z.is_contiguous()), kernel.numel(), wanted[5], False)
+    _functions["backward", z.dtype](_BACKWARD.pack(*sizes, eps, *map(_address, tensors)))
     return [gradient if want else None for gradient, want in zip((dz, masked, *d_weights), wanted)]
 
 
-def _sizes(z: Tensor) -> tuple[int, ...]:
+def _sizes(z: Tensor, nhwc: bool) -> tuple[int, ...]:
     batch, channels, height, width = z.shape
-    return batch, channels, height * width, not z.is_contiguous(), torch.get_num_threads()
-
-
-def _as_format(shortcut: Tensor | None, z: Tensor) -> Tensor | None:
-    return None if shortcut is None else shortcut.contiguous(memory_format=layout_of(z))
+    return batch, channels, height * width, nhwc, torch.get_num_threads()
 
 
 def _address(tensor: Tensor | None) -> int:
