@@ -29,3 +29,19 @@ def test_a_cell_of_speed(repository, tmp_path, monkeypatch, capsys):
     assert list(cells) == ["resnet18 training 2 nchw eager 32", "resnet18 training 2 nchw eager"]
     assert all(figures["ratio"]["plain"]["median"] == 1 for figures in cells.values())
     assert "| resnet18 training 2 nchw eager |" in capsys.readouterr().out
+
+
+def test_growth(repository, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    out = tmp_path / "growth.json"
+    runs = []
+    for sizes in (["32"], ["32", "64"]):  # the second run goes on where the first ended
+        arguments = ["--sizes", *sizes, "--depths", "18", "--rounds", "2", "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", ["growth.py", *arguments])
+        runpy.run_path(str(repository / "benchmarks" / "growth.py"), run_name="__main__")
+        runs.append(json.loads(out.read_text())["points"])
+    first, points = runs
+    assert set(points) == {"resnet50 32", "resnet50 64", "resnet18 224"}
+    assert all(points[name] == figures for name, figures in first.items())
+    assert points["resnet50 64"]["memory"]["eca"] < points["resnet50 64"]["memory"]["timm's eca"]
+    assert out.with_suffix(".png").stat().st_size > 10_000
