@@ -142,3 +142,15 @@ def fused_calls(monkeypatch):
     tail = blocks.fused_tail
     monkeypatch.setattr(blocks, "fused_tail", count)
     return made
+
+
+@pytest.fixture(params=["native", "passes"])
+def engine(request, monkeypatch):
+    """Make the passes of one engine be taken by fused tails; the other's are not called."""
+    from timm_eca.fused import native
+
+    if request.param == "native" and not native.loaded():
+        pytest.skip("the compiled passes are not built here")
+    if request.param == "passes":
+        monkeypatch.setattr("timm_eca.fused.tail.native.takes", lambda *_: False)
+    return request.param

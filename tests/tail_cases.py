@@ -6,14 +6,12 @@ import torch
 from torch import nn
 
 from timm_eca import EcaLayer
-from timm_eca.fused import native, passes
 from timm_eca.fused.formula import Moments, Running, TailWeights
 from timm_eca.fused.tail import fused_tail
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LEAVES = ("z", "shortcut", "weight", "bias", "kernel")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-BY_ENGINE = {"native": native, "passes": passes}
 
 
 class Case(NamedTuple):

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual
-from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from ..gating import gated_class
+from ..sites import rule_key
 from .eligible import FROZEN_NORMS, Parts, find_parts, is_eca, map_fits, unwatched
 from .formula import Moments, Running, TailWeights
 from .halves import Halves, TailRule, halves_of
@@ -22,13 +21,13 @@ _RESNET = frozenset({"drop_path", "downsample"})
 _MBCONV = frozenset({"drop_path", "has_skip"})
 
 RULES = {
-    BasicBlock: TailRule("conv2", "bn2", "se", "act2", _RESNET),
-    Bottleneck: TailRule("conv3", "bn3", "se", "act3", _RESNET),
-    DepthwiseSeparableConv: TailRule("conv_pw", "bn2", "attn_last", None, _MBCONV),
-    EdgeResidual: TailRule("conv_pwl", "bn2", "attn_last", None, _MBCONV),
-    InvertedResidual: TailRule("conv_pwl", "bn3", "attn_last", None, _MBCONV),
+    "resnet:BasicBlock": TailRule("conv2", "bn2", "se", "act2", _RESNET),
+    "resnet:Bottleneck": TailRule("conv3", "bn3", "se", "act3", _RESNET),
+    "_efficientnet_blocks:DepthwiseSeparableConv": TailRule("conv_pw", "bn2", "attn_last", None, _MBCONV),
+    "_efficientnet_blocks:EdgeResidual": TailRule("conv_pwl", "bn2", "attn_last", None, _MBCONV),
+    "_efficientnet_blocks:InvertedResidual": TailRule("conv_pwl", "bn3", "attn_last", None, _MBCONV),
 }
-"""What the tail of a block consists of, by timm's class."""
+"""What the tail of a block consists of, by timm's `module:Class`."""
 
 
 class FusedBlock(nn.Module):
@@ -69,7 +68,7 @@ def fuse_(model: _ModelT) -> _ModelT:
         ValueError: If no block of the model can be fused.
     """
     if not fuse_blocks_(model):
-        kinds = ", ".join(cls.__name__ for cls in RULES)
+        kinds = ", ".join(key.partition(":")[2] for key in RULES)
         raise ValueError(
             f"{type(model).__name__} has no block that can be fused, which is one of {kinds} with 'eca' at the end of"
             " its branch."
@@ -110,7 +109,7 @@ def fused_class(cls: type[nn.Module]) -> type[FusedBlock] | None:
 
 
 def _fused_class(cls: Any) -> type[FusedBlock] | None:
-    rule = RULES.get(getattr(cls, "_made_from", (cls,))[0])
+    rule = RULES.get(rule_key(getattr(cls, "_made_from", (cls,))[0]))
     halves = halves_of(cls, rule) if rule else None
     if halves is None:
         return None
