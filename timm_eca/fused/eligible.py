@@ -54,7 +54,7 @@ class Parts:
         kernel: Where the attention's weights are: a dictionary in which each call looks, for they may be replaced.
         affine: Where the norm's weights are.
         stats: Where the norm's statistics are.
-        places: Where each module was found: a module's children, a name in them, and who was there.
+        children: Of the block, the attention and the norm: the dictionary of their children, and who was in it.
         hooks: The modules' dictionaries of hooks.
         attributes: The modules' own attributes; a forward among them is somebody's patch.
     """
@@ -67,16 +67,16 @@ class Parts:
     kernel: dict[str, Any]
     affine: dict[str, Any]
     stats: dict[str, Any]
-    places: tuple[tuple[dict[str, Any], str, Any], ...]
+    children: tuple[tuple[dict[str, Any], list[Any]], ...]
     hooks: tuple[dict[int, Any], ...]
     attributes: tuple[dict[str, Any], ...]
 
     def still_fit(self, block: nn.Module) -> bool:
         """Whether the same modules are in their places in this block, unheard by any hook, and not patched."""
-        if self.places and self.places[0][0] is not block._modules:  # a replica took over the original's parts
+        if self.children and self.children[0][0] is not block._modules:  # a replica took over the original's parts
             return False
-        for children, name, module in self.places:
-            if children.get(name) is not module:
+        for modules, known in self.children:
+            if [*modules.values()] != known:
                 return False
         if "weight" not in self.kernel or "weight" not in self.affine or "bias" not in self.affine:  # parametrized
             return False
@@ -101,13 +101,11 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
     if torch.compiler.is_compiling():  # the compiler watches by itself, and would be slow to follow this
         found = (_now(attn.conv, "weight"), _now(norm, "weight", "bias"), _now(norm, "running_mean", "running_var"))
         return None if any(_is_heard(m) for m in heard) else Parts(*modules, *found, (), (), ())
-    of_block = [rule.conv, rule.norm, rule.attn, "drop_path", "downsample", *([rule.act] if rule.act else [])]
-    owned = [(block, of_block), (attn, ["conv", "gate"]), (norm, ["act", "drop"])]
-    places = tuple((m._modules, name, m._modules.get(name)) for m, names in owned for name in names)
+    children = tuple((m._modules, [*m._modules.values()]) for m in (block, attn, norm))
     hooks = tuple(d for m in heard for d in _hooks(m))
     affine = norm._buffers if type(norm) in FROZEN_NORMS else norm._parameters
     found = (attn.conv._parameters, affine, norm._buffers)
-    return Parts(*modules, *found, places, hooks, tuple(m.__dict__ for m in heard))
+    return Parts(*modules, *found, children, hooks, tuple(m.__dict__ for m in heard))
 
 
 def map_fits(z: Tensor, of_batch: bool) -> bool:
