@@ -92,7 +92,7 @@ def fused(block: Any, z: Tensor, shortcut: Tensor | None) -> Tensor:
     """The same at once."""
     parts = blocks._fitting_parts(block, z)  # the looking is part of the price
     assert parts is not None
-    weights = blocks._weights(parts, parts.norm.training, z, shortcut is not None)
+    weights = blocks._weights(parts, z, shortcut is not None)
     tail = blocks.graph_tail if torch.compiler.is_compiling() else blocks.fused_tail
     return tail(z, shortcut, weights, type(parts.act) is nn.ReLU)
 

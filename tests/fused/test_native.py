@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_eca.fused import native, passes
-from timm_eca.fused.formula import Moments, Running, TailWeights
+from timm_eca.fused.formula import Moments, Norm, Running, TailWeights
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="the compiled passes are not built here")
 
@@ -164,3 +164,29 @@ class TestBothLayouts:
         apart = native.forward(z, shortcut, weights, True, inplace=False)[0]
         assert torch.equal(native.forward(z, shortcut, weights, True, inplace=True)[0], apart)
         assert torch.equal(z, apart)
+
+
+class TestShortcutsNorm:
+    """The norm of a shortcut is applied as it is added."""
+
+    @pytest.mark.parametrize("inplace", [True, False])
+    @pytest.mark.parametrize("relu", [True, False])
+    @pytest.mark.parametrize("affine", [True, False])
+    @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+    @DTYPES
+    @OF_BATCH
+    @pytest.mark.parametrize("shape", [(1, 70, 3, 5), (3, 24, 31, 29)], ids=str)
+    def test_is_the_norm(self, threads, shape, of_batch, dtype, layout, affine, relu, inplace):
+        z, shortcut, _ = maps_of(shape, dtype, layout, aligned=True)
+        weights = weights_of(shape, dtype, of_batch, 3)
+        norm = nn.BatchNorm2d(shape[1], eps=0.1, affine=affine).double().eval()
+        generator = torch.Generator().manual_seed(0)
+        for t in (*norm.parameters(), norm.running_mean, norm.running_var):
+            t.data.uniform_(0.2, 2, generator=generator)
+        exact = passes.forward(z.double(), norm(shortcut.double()), doubled(weights), relu, inplace=False)[0]
+        norm = norm.to(dtype)
+        own = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+        for engine in (passes, native):
+            given = weights._replace(shortcut_norm=own, running=None)
+            with torch.no_grad():
+                compare([engine.forward(z.clone(), shortcut, given, relu, inplace)[0]], [exact], dtype)

@@ -232,18 +232,21 @@ template <typename T> void moments(const T* z, const Shape& d, Index c0, Index c
   for (Index c = c0; c < c1; ++c) row_moments(z + c * d.area, d.area, mean + c, square + c);
 }
 
-// out = (z - centre) * scale + offset, plus other, after ReLU. NaN stays NaN.
-template <typename T, bool kAdd, bool kRelu>
-void affine(const T* z, const T* other, T* out, const T* centre, const T* scale, const T* offset, const Shape& d,
-            Index c0, Index c1) {
-  auto make = [=](auto m, auto a, auto h) {
+enum class Add { kNothing, kOther, kScaledOther };
+
+// out = (z - centre) * scale + offset, plus other (times gain), after ReLU. NaN stays NaN.
+template <typename T, Add kAdd, bool kRelu>
+void affine(const T* z, const T* other, T* out, const T* centre, const T* scale, const T* offset, const T* gain,
+            const Shape& d, Index c0, Index c1) {
+  auto make = [=](auto m, auto a, auto h, auto g) {
     return [=](Index at, Index c) {
       T y = (z[at] - m[c]) * a[c] + h[c];
-      if (kAdd) y += other[at];
+      if (kAdd == Add::kOther) y += other[at];
+      if (kAdd == Add::kScaledOther) y += other[at] * g[c];
       out[at] = kRelu && y < T(0) ? T(0) : y;
     };
   };
-  for_elements<T>(d, c0, c1, make, centre, scale, offset);
+  for_elements<T>(d, c0, c1, make, centre, scale, offset, gain);
 }
 
 // g = grad where out is above zero, if there was a ReLU; sums of g * (z - centre) and of g, or of grad.
@@ -374,22 +377,34 @@ void update_running(const Shape& d, const T* mean, const T* var, T* running_mean
   }
 }
 
+// What is added to a map: nothing where the map is null, and through its norm unless it has no moments.
+template <typename T> struct Other {
+  const T *map, *gamma, *beta, *mean, *var;
+  T eps;
+
+  // The norm's factor, and what it adds on top of that of each sample.
+  T gain(Index c) const { return (gamma ? gamma[c] : T(1)) / std::sqrt(var[c] + eps); }
+  T shift(Index c, T gain) const { return (beta ? beta[c] : T(0)) - mean[c] * gain; }
+};
+
 template <typename T>
-void apply(const T* z, const T* other, T* out, const T* centre, const T* scale, const T* offset, const Shape& d,
-           Index b, Index c0, Index c1, bool relu) {
+void apply(const T* z, const Other<T>& other, T* out, const T* centre, const T* scale, const T* offset, const T* gain,
+           const Shape& d, Index b, Index c0, Index c1, bool relu) {
   Index at = b * d.channels * d.area, v = b * d.channels;
-  auto run = other ? (relu ? affine<T, true, true> : affine<T, true, false>)
-                   : (relu ? affine<T, false, true> : affine<T, false, false>);
-  run(z + at, other ? other + at : nullptr, out + at, centre + v, scale + v, offset + v, d, c0, c1);
+  auto run = !other.map ? (relu ? affine<T, Add::kNothing, true> : affine<T, Add::kNothing, false>)
+             : other.mean ? (relu ? affine<T, Add::kScaledOther, true> : affine<T, Add::kScaledOther, false>)
+                          : (relu ? affine<T, Add::kOther, true> : affine<T, Add::kOther, false>);
+  run(z + at, other.map ? other.map + at : nullptr, out + at, centre + v, scale + v, offset + v, gain, d, c0, c1);
 }
 
 template <typename T>
-void forward(const Shape& d, const T* z, const T* other, T* out, const Weights<T>& w, T* mean, T* var, T* pooled,
-             bool of_batch, bool relu) {
+void forward(const Shape& d, const T* z, const Other<T>& other, T* out, const Weights<T>& w, T* mean, T* var,
+             T* pooled, bool of_batch, bool relu) {
   Index channels = d.channels, vectors = d.batch * channels;
-  std::unique_ptr<T[]> space(new T[2 * vectors + 2 * channels]);
+  std::unique_ptr<T[]> space(new T[2 * vectors + 3 * channels]);
   T *scale = space.get(), *offset = scale + vectors, *inverse = offset + vectors, *norm = inverse + channels;
-  T* square = offset;
+  T *square = offset, *gain = norm + channels;
+  for (Index c = 0; c < channels; ++c) gain[c] = other.mean ? other.gain(c) : T(1);
   auto read = [=](Index b, Index c0, Index c1) {
     Index v = b * channels;
     if (of_batch)
@@ -400,9 +415,11 @@ void forward(const Shape& d, const T* z, const T* other, T* out, const Weights<T
   auto gains = [=](Index b) {
     Index v = b * channels;
     gains_of(w, norm, pooled + v, channels, b, scale + v, offset + v);
+    if (other.mean)
+      for (Index c = 0; c < channels; ++c) offset[v + c] += other.shift(c, gain[c]);
   };
   auto write = [=](Index b, Index c0, Index c1) {
-    apply(z, other, out, pooled, scale, offset, d, b, c0, c1, relu);
+    apply(z, other, out, pooled, scale, offset, gain, d, b, c0, c1, relu);
   };
   if (!of_batch && d.batch >= d.threads) {  // a sample at a time: its second read comes from the cache
     norm_of(w, channels, inverse, norm);
@@ -511,18 +528,20 @@ void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* 
 template <typename T> struct Forward {
   Shape shape;
   Index size, of_batch, relu;
-  double eps, factor;
+  double eps, factor, other_eps;
   const T *z, *other;
   T* out;
   const T *gamma, *beta, *kernel;
   T *mean, *var;
   const T* drop;
   T *pooled, *running_mean, *running_var;
+  const T *other_gamma, *other_beta, *other_mean, *other_var;
 
   void run() const {
     Weights<T> weights{gamma, beta, kernel, mean, var, drop, size, T(eps)};
+    Other<T> added{other, other_gamma, other_beta, other_mean, other_var, T(other_eps)};
     std::vector<T> unkept(pooled ? 0 : shape.batch * shape.channels);
-    forward<T>(shape, z, other, out, weights, mean, var, pooled ? pooled : unkept.data(), of_batch, relu);
+    forward<T>(shape, z, added, out, weights, mean, var, pooled ? pooled : unkept.data(), of_batch, relu);
     if (running_mean) update_running(shape, mean, var, running_mean, running_var, factor);
   }
 };

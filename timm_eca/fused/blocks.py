@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..gating import gated_class
 from ..sites import rule_key
-from .eligible import FROZEN_NORMS, Parts, find_parts, is_eca, map_fits, unwatched
-from .formula import Moments, Running, TailWeights
+from .eligible import Parts, find_parts, is_eca, map_fits, unwatched
+from .formula import Moments, Norm, Running, TailWeights
 from .halves import Halves, TailRule, halves_of
 from .tail import fused_tail, graph_tail
 
@@ -168,13 +168,13 @@ def _starts_as_identity(block: Any, parts: Parts) -> bool:
 
 def _fused_forward(block: Any, parts: Parts, x: Tensor) -> Tensor:
     z, shortcut = block._halves.head(block, x)
-    of_batch = _uses_batch(parts.norm)
     adds = getattr(block, "has_skip", True)
-    if not map_fits(z, of_batch) or (adds and parts.downsample is None and not _alike(z, shortcut)):
+    if not map_fits(z, parts.norm.of_batch) or (adds and parts.downsample is None and not _alike(z, shortcut)):
         return block._halves.tail(block, z, shortcut)
-    weights = _weights(parts, of_batch, z, adds)
+    weights = _weights(parts, z, adds)
     if parts.downsample is not None:
-        shortcut = parts.downsample(shortcut).to(z.dtype)
+        shortcut, norm = _downsampled(parts, shortcut)
+        shortcut, weights = shortcut.to(z.dtype), weights._replace(shortcut_norm=norm)
     relu = type(parts.act) is nn.ReLU
     tail = graph_tail if torch.compiler.is_compiling() else fused_tail
     out = tail(z, shortcut if adds else None, weights, relu)
@@ -185,20 +185,25 @@ def _alike(z: Tensor, shortcut: Tensor) -> bool:
     return z.shape == shortcut.shape and z.dtype == shortcut.dtype
 
 
-def _uses_batch(norm: Any) -> bool:
-    """Whether batch norm uses the batch's statistics, as `torch.nn.BatchNorm2d` decides it."""
-    return type(norm) not in FROZEN_NORMS and (norm.training or norm.running_mean is None)
+def _downsampled(parts: Parts, x: Tensor) -> tuple[Tensor, Norm | None]:
+    """Return the shortcut, and in inference the norm that it has yet to go through, which the tail does on its way."""
+    norm = parts.shortcut_norm
+    if norm is None or torch.is_grad_enabled() or norm.of_batch:
+        return parts.downsample(x), None
+    for layer in list(parts.downsample)[:-1]:
+        x = layer(x)
+    return x, norm.given()
 
 
-def _weights(parts: Parts, of_batch: bool, z: Tensor, adds: bool) -> TailWeights:
-    norm, stats, affine = parts.norm, parts.stats, parts.affine
-    moments = None if of_batch else Moments(stats["running_mean"], stats["running_var"])
+def _weights(parts: Parts, z: Tensor, adds: bool) -> TailWeights:
+    norm = parts.norm
+    weight, bias, mean, var, eps = norm.given()
+    of_batch = norm.of_batch
     drop = None
     if adds and parts.drop_path is not None and parts.drop_path.training:
         drop = parts.drop_path(z.new_ones((len(z), 1, 1, 1))).flatten(1)  # the same draw as over the map
-    running = _running(norm) if of_batch else None
-    gate = parts.attn._modules["gate"]
-    return TailWeights(parts.kernel["weight"], gate, affine["weight"], affine["bias"], moments, running, drop, norm.eps)
+    moments, running = (None, _running(norm.module)) if of_batch else (Moments(mean, var), None)
+    return TailWeights(parts.kernel["weight"], parts.attn._modules["gate"], weight, bias, moments, running, drop, eps)
 
 
 def _running(norm: Any) -> Running | None:

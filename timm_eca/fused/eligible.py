@@ -18,9 +18,10 @@ from torch.nn.modules import module as nn_module
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..layers import EcaLayer
+from .formula import Norm
 from .halves import TailRule
 
-__all__ = ["FROZEN_NORMS", "Parts", "find_parts", "is_eca", "map_fits", "unwatched"]
+__all__ = ["Parts", "find_parts", "is_eca", "map_fits", "unwatched"]
 
 FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 _SYNC_NORMS = (nn.SyncBatchNorm, SyncBatchNormAct)
@@ -42,31 +43,49 @@ def is_eca(layer: Any) -> bool:
 
 
 @dataclass(frozen=True, eq=False)  # no tuple: exporters walk through those that modules hold
+class NormPart:
+    """A batch norm, and the dictionaries of its weights and statistics: each call looks, for they may be replaced."""
+
+    module: Any
+    affine: dict[str, Any]
+    stats: dict[str, Any]
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether the batch's statistics are used, as `torch.nn.BatchNorm2d` decides it."""
+        module = self.module
+        return type(module) not in FROZEN_NORMS and (module.training or self.stats["running_mean"] is None)
+
+    def given(self) -> Norm:
+        """Return the norm by its own statistics."""
+        affine, stats = self.affine, self.stats
+        return Norm(affine["weight"], affine["bias"], stats["running_mean"], stats["running_var"], self.module.eps)
+
+
+@dataclass(frozen=True, eq=False)
 class Parts:
     """The modules of a block's tail, and what would tell that they are no longer what they were.
 
     Attributes:
         norm: The norm.
         attn: The attention.
+        kernel: The dictionary of the attention's weights.
         drop_path: The drop path, None where there is none.
         downsample: What the shortcut goes through, None where it goes unchanged.
+        shortcut_norm: The norm that ends the downsample, None where none does.
         act: The activation after the addition, None where there is none.
-        kernel: Where the attention's weights are: a dictionary in which each call looks, for they may be replaced.
-        affine: Where the norm's weights are.
-        stats: Where the norm's statistics are.
-        children: Of the block, the attention and the norm: the dictionary of their children, and who was in it.
+        children: Of modules that have any: the dictionary of their children, and who was in it.
         hooks: The modules' dictionaries of hooks.
         attributes: The modules' own attributes; a forward among them is somebody's patch.
     """
 
-    norm: Any
+    norm: NormPart
     attn: Any
+    kernel: dict[str, Any]
     drop_path: Any
     downsample: Any
+    shortcut_norm: NormPart | None
     act: Any
-    kernel: dict[str, Any]
-    affine: dict[str, Any]
-    stats: dict[str, Any]
     children: tuple[tuple[dict[str, Any], list[Any]], ...]
     hooks: tuple[dict[int, Any], ...]
     attributes: tuple[dict[str, Any], ...]
@@ -78,14 +97,17 @@ class Parts:
         for modules, known in self.children:
             if [*modules.values()] != known:
                 return False
-        if "weight" not in self.kernel or "weight" not in self.affine or "bias" not in self.affine:  # parametrized
+        if "weight" not in self.kernel or len(self.norm.affine) < 2:  # parametrized
+            return False
+        if self.shortcut_norm is not None and len(self.shortcut_norm.affine) < 2:
             return False
         if any(self.hooks):
             return False
         for attributes in self.attributes:
             if "forward" in attributes:
                 return False
-        return not (self.norm.training and type(self.norm) in _SYNC_NORMS)  # those statistics are all processes'
+        norm = self.norm.module
+        return not (norm.training and type(norm) in _SYNC_NORMS)  # those statistics are all processes'
 
 
 def find_parts(block: Any, rule: TailRule) -> Parts | None:
@@ -96,16 +118,18 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
     drops = drop_path is None or type(drop_path) in (DropPath, nn.Identity)
     if type(conv) is not nn.Conv2d or not (is_eca(attn) and _is_batch_norm(norm) and drops):
         return None
-    modules = (norm, attn, drop_path, downsample, act)
-    heard = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act) if m is not None]
-    if torch.compiler.is_compiling():  # the compiler watches by itself, and would be slow to follow this
-        found = (_now(attn.conv, "weight"), _now(norm, "weight", "bias"), _now(norm, "running_mean", "running_var"))
-        return None if any(_is_heard(m) for m in heard) else Parts(*modules, *found, (), (), ())
-    children = tuple((m._modules, [*m._modules.values()]) for m in (block, attn, norm))
+    last = _last_norm(downsample)
+    shortcut = () if last is None else (downsample, last)
+    compiling = torch.compiler.is_compiling()
+    kernel = _now(attn.conv, "weight") if compiling else attn.conv._parameters
+    shortcut_norm = None if last is None else _norm_part(last)
+    modules = (_norm_part(norm), attn, kernel, drop_path, downsample, shortcut_norm, act)
+    heard = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act, *shortcut) if m is not None]
+    if compiling:  # the compiler watches by itself, and would be slow to follow this
+        return None if any(_is_heard(m) for m in heard) else Parts(*modules, (), (), ())
+    children = tuple((m._modules, [*m._modules.values()]) for m in (block, attn, norm, *shortcut))
     hooks = tuple(d for m in heard for d in _hooks(m))
-    affine = norm._buffers if type(norm) in FROZEN_NORMS else norm._parameters
-    found = (attn.conv._parameters, affine, norm._buffers)
-    return Parts(*modules, *found, children, hooks, tuple(m.__dict__ for m in heard))
+    return Parts(*modules, children, hooks, tuple(m.__dict__ for m in heard))
 
 
 def map_fits(z: Tensor, of_batch: bool) -> bool:
@@ -150,6 +174,18 @@ def _is_batch_norm(norm: Any) -> bool:
         and type(getattr(norm, "act", None)) in (type(None), nn.Identity)
         and type(getattr(norm, "drop", None)) in (type(None), nn.Identity)
     )
+
+
+def _last_norm(downsample: Any) -> Any:
+    """Return the norm that ends a downsample, None where it is not a sequence that ends with one."""
+    norm = downsample[-1] if type(downsample) is nn.Sequential and len(downsample) else None
+    return norm if _is_batch_norm(norm) else None
+
+
+def _norm_part(norm: Any) -> NormPart:
+    if torch.compiler.is_compiling():
+        return NormPart(norm, _now(norm, "weight", "bias"), _now(norm, "running_mean", "running_var"))
+    return NormPart(norm, norm._buffers if type(norm) in FROZEN_NORMS else norm._parameters, norm._buffers)
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:

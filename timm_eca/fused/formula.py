@@ -19,7 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Moments", "Running", "TailWeights", "gains", "layout_of", "tail_formula", "update_running", "vector_dtype"]
+__all__ = [
+    "Moments",
+    "Norm",
+    "Running",
+    "TailWeights",
+    "gains",
+    "layout_of",
+    "normed_shortcut",
+    "tail_formula",
+    "update_running",
+    "vector_dtype",
+]
 
 
 class Moments(NamedTuple):
@@ -37,6 +48,24 @@ class Running(NamedTuple):
     factor: float | Tensor
 
 
+class Norm(NamedTuple):
+    """A batch norm by given moments: all (C,), weight and bias None for one and zero."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+    def affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return what it multiplies by, and then adds."""
+        scale = (self.var.to(dtype) + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight.to(dtype)
+        shift = -self.mean.to(dtype) * scale
+        return scale, shift if self.bias is None else shift + self.bias.to(dtype)
+
+
 class TailWeights(NamedTuple):
     """What a tail computes with besides its maps.
 
@@ -49,6 +78,8 @@ class TailWeights(NamedTuple):
         running: Statistics that the batch's update, None where none are kept.
         drop: Factor of each sample (B, 1), None for one.
         eps: The norm's epsilon.
+        shortcut_norm: The norm that the shortcut has yet to go through, None where it is added as it is. For
+            inference alone: it gets no gradient.
     """
 
     kernel: Tensor
@@ -59,6 +90,7 @@ class TailWeights(NamedTuple):
     running: Running | None
     drop: Tensor | None
     eps: float
+    shortcut_norm: Norm | None = None
 
 
 def tail_formula(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
@@ -77,8 +109,16 @@ def tail_formula(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu:
     scale, offset = gains(pooled, moments, weights)
     out = ((x - pooled[..., None, None]) * scale[..., None, None] + offset[..., None, None]).to(z.dtype)
     if shortcut is not None:
-        out = out + shortcut
+        out = out + normed_shortcut(shortcut, weights)
     return torch.relu(out) if relu else out
+
+
+def normed_shortcut(shortcut: Tensor, weights: TailWeights) -> Tensor:
+    """Return what is added: the shortcut, through its norm if that is yet to come."""
+    if weights.shortcut_norm is None:
+        return shortcut
+    scale, shift = (v.to(shortcut.dtype)[:, None, None] for v in weights.shortcut_norm.affine(vector_dtype(shortcut)))
+    return torch.addcmul(shift, shortcut, scale)
 
 
 def update_running(running: Running | None, moments: Moments, z: Tensor) -> None:

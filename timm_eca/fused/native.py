@@ -18,8 +18,9 @@ __all__ = ["backward", "forward", "loaded", "takes"]
 
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
 # A call's arguments travel as one struct: packing it costs a fraction of converting them one by one.
-_FORWARD = Struct("8q2d12P")
+_FORWARD = Struct("8q3d16P")
 _BACKWARD = Struct("8q1d15P")
+_NO_NORM = (None, None, None, None, 0.0)
 
 
 def _load() -> dict[tuple[str, torch.dtype], Any]:
@@ -50,28 +51,29 @@ def takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
     dtype = z.dtype
     if ("forward", dtype) not in _functions or not z.is_cpu:
         return False
-    kernel, _, weight, bias, moments, running, drop, _ = weights
+    kernel, _, weight, bias, moments, running, drop, _, shortcut_norm = weights
     mean, var = moments or (running[:2] if running else (None, None))
-    for t in (kernel, weight, bias, mean, var, drop):
+    for t in (kernel, weight, bias, mean, var, drop, *(shortcut_norm or _NO_NORM)[:4]):
         if t is not None and not (t.dtype == dtype and t.is_cpu and t.is_contiguous()):
             return False
-    return shortcut is None or (shortcut.dtype == dtype and shortcut.is_cpu)
+    return shortcut is None or (shortcut.dtype == dtype and shortcut.is_cpu and shortcut.shape == z.shape)
 
 
 def forward(
     z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool, inplace: bool
 ) -> tuple[Tensor, Tensor | None, Moments]:
     """As `passes.forward`. In place, z is not pooled for a backward pass."""
-    kernel, _, weight, bias, given, running, drop, eps = weights
+    kernel, _, weight, bias, given, running, drop, eps, shortcut_norm = weights
     out, pooled = (z, None) if inplace else (torch.empty_like(z), z.new_empty(z.shape[:2]))
     moments = given or Moments(z.new_empty(z.shape[1]), z.new_empty(z.shape[1]))
-    running_mean, running_var, factor = running or (None, None, 0.0)
+    *kept, factor = running or (None, None, 0.0)
+    *of_shortcut, shortcut_eps = shortcut_norm or _NO_NORM
     nhwc = not z.is_contiguous()
     if shortcut is not None:
         shortcut = shortcut.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-    tensors = (z, shortcut, out, weight, bias, kernel, *moments, drop, pooled, running_mean, running_var)
+    tensors = (z, shortcut, out, weight, bias, kernel, *moments, drop, pooled, *kept, *of_shortcut)
     sizes = (*_sizes(z, nhwc), kernel.numel(), given is None, relu)
-    _functions["forward", z.dtype](_FORWARD.pack(*sizes, eps, factor, *map(_address, tensors)))
+    _functions["forward", z.dtype](_FORWARD.pack(*sizes, eps, factor, shortcut_eps, *map(_address, tensors)))
     return out, pooled, moments
 
 
@@ -79,7 +81,7 @@ def backward(
     grad: Tensor, out: Tensor | None, z: Tensor, pooled: Tensor, weights: TailWeights, wanted: list[bool]
 ) -> list[Tensor | None]:
     """As `passes.backward`."""
-    kernel, _, weight, bias, moments, _, drop, eps = weights
+    kernel, _, weight, bias, moments, _, drop, eps, _ = weights
     assert moments is not None
     masked = grad if out is None else torch.empty_like(z)
     dz = torch.empty_like(z) if wanted[0] else None

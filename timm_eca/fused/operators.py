@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .formula import Moments, TailWeights, layout_of, update_running
+from .formula import Moments, Norm, TailWeights, layout_of, update_running
 
 __all__ = ["operator_tail"]
 
@@ -18,7 +18,7 @@ _VECTORS = "Tensor? weight, Tensor? bias, Tensor kernel"
 _REST = f"Tensor? shortcut, {_VECTORS}, Tensor? mean, Tensor? var, Tensor? drop, float eps, bool relu"
 _OPERATORS = {
     "tail": f"(Tensor z, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "tail_": f"(Tensor(a!) z, {_REST}) -> (Tensor, Tensor)",
+    "tail_": f"(Tensor(a!) z, {_REST}, Tensor?[] shortcut_norm, float shortcut_eps) -> (Tensor, Tensor)",
     "tail_backward": f"(Tensor grad, Tensor? out, Tensor z, Tensor pooled, {_VECTORS}, Tensor mean, Tensor var,"
     " Tensor? drop, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
@@ -36,7 +36,8 @@ def operator_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, shortcut, *vectors)):
         out, _, *moments = torch.ops.timm_eca.tail(z, *rest)
     else:
-        out, moments = z, torch.ops.timm_eca.tail_(z, *rest)
+        *shortcut_norm, shortcut_eps = weights.shortcut_norm or (0.0,)
+        out, moments = z, torch.ops.timm_eca.tail_(z, *rest, shortcut_norm, shortcut_eps)
     if weights.moments is None:
         update_running(weights.running, Moments(*moments), z)
     return out
@@ -48,7 +49,7 @@ def _fake_tail(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
 
 
 @torch.library.register_fake("timm_eca::tail_")
-def _fake_tail_(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
+def _fake_tail_(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu, shortcut_norm, shortcut_eps):
     return _fake_moments(z, mean)
 
 
@@ -65,8 +66,10 @@ def _tail(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
 
 
 @torch.library.impl("timm_eca::tail_", "CPU")
-def _tail_(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
+def _tail_(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu, shortcut_norm, shortcut_eps):
     weights = _weights(weight, bias, kernel, mean, var, drop, eps)
+    if shortcut_norm:
+        weights = weights._replace(shortcut_norm=Norm(*shortcut_norm, shortcut_eps))
     dense = _dense(z)
     _, _, moments = native.forward(dense, shortcut, weights, relu, inplace=True)
     if dense is not z:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formula import Moments, TailWeights, gains, update_running, vector_dtype
+from .formula import Moments, TailWeights, gains, normed_shortcut, update_running, vector_dtype
 
 __all__ = ["backward", "forward"]
 
@@ -27,7 +27,8 @@ def forward(
     if shortcut is None:
         out = torch.addcmul(_as_map(shift, z), z, _as_map(scale, z), out=into)
     else:
-        out = torch.addcmul(shortcut, z, _as_map(scale, z), out=into).add_(_as_map(shift, z))
+        added = normed_shortcut(shortcut, weights)
+        out = torch.addcmul(added, z, _as_map(scale, z), out=into).add_(_as_map(shift, z))
     return (out.relu_() if relu else out), pooled, moments
 
 
