@@ -17,10 +17,10 @@ from torch import nn
 from additions import Recorder
 from family_names import NAMES, create, enliven_, image, keeping, new, small, with_attn
 from timm_eca import EcaLayer, add_attn_, attn_modules, plan_attn, timm_hooks
+from timm_eca.block_rule import rule_key
 from timm_eca.blocks import BLOCKS
 from timm_eca.coverage import coverage_of, timm_names
 from timm_eca.families import FAMILIES, TRANSFORMERS
-from timm_eca.sites import rule_key
 
 # Classes with residual convolutions that no layer follows, and why.
 OTHER_CONVOLUTIONS = {

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-__all__ = ["BlockRule", "after_norm", "byob", "cell", "row"]
+__all__ = ["BlockRule", "after_norm", "byob", "cell", "row", "rule_key"]
 
 
 class BlockRule(NamedTuple):
@@ -55,3 +55,8 @@ def byob(conv: str) -> tuple[BlockRule]:
 def cell(part: str, parts: int) -> tuple[BlockRule]:
     """A cell whose output concatenates parts of equal width."""
     return (row("{x_out}", *([part] * parts), scale=()),)
+
+
+def rule_key(cls: type) -> str:
+    """Return the key of a class in the table of blocks."""
+    return f"{cls.__module__.rpartition('.')[2]}:{cls.__name__}"

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from .block_rule import BlockRule
+from .block_rule import BlockRule, rule_key
 from .blocks import BLOCKS
 from .branches import has_scalable, lookup, output_channels, resolve, scaling_tensors, squeeze_channels
 from .gating import Gate
-from .sites import Site, family_of, rule_key
+from .sites import Site, family_of
 from .spec import AttnSpec
 from .stages import stage_number, stage_sites
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .block_rule import rule_key
 from .gating import Gate, gain_name
 
-__all__ = ["Site", "family_of", "rule_key"]
+__all__ = ["Site", "family_of"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,6 @@ class Site:
     def gain(self) -> str | None:
         """Path of the buffer that scales the gated tensor where no weights of the model do, None elsewhere."""
         return f"{self.block}.{gain_name(self.gate.child)}" if self.gate and self.gate.gain else None
-
-
-def rule_key(cls: type) -> str:
-    """Return the key of a class in the table of blocks."""
-    return f"{cls.__module__.rpartition('.')[2]}:{cls.__name__}"
 
 
 def family_of(model: nn.Module) -> str:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .block_rule import rule_key
 from .blocks import BLOCKS
 from .branches import lookup, resolve
 from .gating import RETURN, Gate
-from .sites import Site, family_of, rule_key
+from .sites import Site, family_of
 
 __all__ = ["numbered", "stage_number", "stage_sites"]
 

@@ -18,10 +18,10 @@ from fused_models import (
     small,
     step,
 )
+from timm_eca.block_rule import rule_key
 from timm_eca.fused import fuse_, unfuse_
 from timm_eca.fused.blocks import RULES
 from timm_eca.fused.halves import halves_of
-from timm_eca.sites import rule_key
 
 
 class TestDoors:

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..block_rule import rule_key
 from ..gating import gated_class
-from ..sites import rule_key
 from .eligible import Parts, find_parts, is_eca, map_fits, unwatched
 from .formula import Moments, Norm, Running, TailWeights
 from .halves import Halves, TailRule, halves_of

@@ -22,8 +22,6 @@ _OPERATORS = {
     "tail_backward": f"(Tensor grad, Tensor? out, Tensor z, Tensor pooled, {_VECTORS}, Tensor mean, Tensor var,"
     " Tensor? drop, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
-for _name, _schema in _OPERATORS.items():  # the maps come in whatever layout the compiler has chosen for them
-    torch.library.define(f"timm_eca::{_name}", _schema, tags=(torch.Tag.flexible_layout,))
 
 
 def operator_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
@@ -43,12 +41,10 @@ def operator_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu
     return out
 
 
-@torch.library.register_fake("timm_eca::tail")
 def _fake_tail(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
     return torch.empty_like(z), z.new_empty(z.shape[:2]), *_fake_moments(z, mean)
 
 
-@torch.library.register_fake("timm_eca::tail_")
 def _fake_tail_(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu, shortcut_norm, shortcut_eps):
     return _fake_moments(z, mean)
 
@@ -58,14 +54,12 @@ def _fake_moments(z: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
     return z.new_empty(size), z.new_empty(size)
 
 
-@torch.library.impl("timm_eca::tail", "CPU")
 def _tail(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
     weights = _weights(weight, bias, kernel, mean, var, drop, eps)
     out, pooled, moments = native.forward(_dense(z), shortcut, weights, relu, inplace=False)
     return _like(out, z), pooled, *_own(moments, weights, z)
 
 
-@torch.library.impl("timm_eca::tail_", "CPU")
 def _tail_(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu, shortcut_norm, shortcut_eps):
     weights = _weights(weight, bias, kernel, mean, var, drop, eps)
     if shortcut_norm:
@@ -81,13 +75,11 @@ def _own(moments: Moments, weights: TailWeights, z: Tensor) -> tuple[Tensor, Ten
     return moments if weights.moments is None else (z.new_empty(0), z.new_empty(0))
 
 
-@torch.library.register_fake("timm_eca::tail_backward")
 def _fake_backward(grad, out, z, pooled, weight, bias, kernel, mean, var, drop, eps, wanted):
     like = [z, z if out is not None else None, weight, bias, kernel]
     return tuple(_or_empty(torch.empty_like(t) if t is not None and want else None, z) for t, want in zip(like, wanted))
 
 
-@torch.library.impl("timm_eca::tail_backward", "CPU")
 def _backward(grad, out, z, pooled, weight, bias, kernel, mean, var, drop, eps, wanted):
     weights = _weights(weight, bias, kernel, mean, var, drop, eps)
     dense = _dense(z)
@@ -123,10 +115,6 @@ def _no_grads(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError("timm_eca::tail_backward has no derivative: take second derivatives of a model not compiled.")
 
 
-torch.library.register_autograd("timm_eca::tail", _grads, setup_context=_setup_context)
-torch.library.register_autograd("timm_eca::tail_backward", _no_grads)
-
-
 def _weights(weight, bias, kernel, mean, var, drop, eps) -> TailWeights:
     moments = None if mean is None else Moments(mean, var)
     return TailWeights(kernel, torch.sigmoid, weight, bias, moments, None, drop, eps)
@@ -146,3 +134,18 @@ def _like(result: Tensor, z: Tensor) -> Tensor:
 
 def _or_empty(tensor: Tensor | None, z: Tensor) -> Tensor:
     return z.new_empty(0) if tensor is None else tensor
+
+
+def _register() -> None:
+    on_cpu: dict[str, Any] = {"tail": _tail, "tail_": _tail_, "tail_backward": _backward}
+    fake: dict[str, Any] = {"tail": _fake_tail, "tail_": _fake_tail_, "tail_backward": _fake_backward}
+    for name, schema in _OPERATORS.items():  # the maps come in whatever layout the compiler has chosen for them
+        torch.library.define(f"timm_eca::{name}", schema, tags=(torch.Tag.flexible_layout,))
+        torch.library.impl(f"timm_eca::{name}", "CPU", on_cpu[name])
+        torch.library.register_fake(f"timm_eca::{name}", fake[name])
+    torch.library.register_autograd("timm_eca::tail", _grads, setup_context=_setup_context)
+    torch.library.register_autograd("timm_eca::tail_backward", _no_grads)
+
+
+if not hasattr(torch.ops.timm_eca, "tail_backward"):  # PyTorch keeps them where the package is imported anew
+    _register()
