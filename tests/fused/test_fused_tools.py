@@ -21,46 +21,36 @@ from fused_models import (
 
 
 class TestTools:
-    @pytest.mark.parametrize("ran", [True, False], ids=["after a step", "new"])
-    def test_script(self, fused_calls, ran):
-        model = small().eval()
-        x = pixels(dtype=torch.float32)
-        if ran:
+    @pytest.fixture(params=[True, False], ids=["after a step", "new"])
+    def net(self, request, fused_calls):
+        """A model, one that has run or a new one, and its input."""
+        model, x = small().eval(), pixels(dtype=torch.float32)
+        if request.param:
             model(x)
+            assert fused_calls
             fused_calls.clear()
+        return model, x
+
+    def test_script(self, fused_calls, net):
+        model, x = net
         assert torch.equal(torch.jit.script(model)(x), plain_twin(model)(x))
         assert not fused_calls
 
-    @pytest.mark.parametrize("ran", [True, False], ids=["after a step", "new"])
-    def test_trace(self, fused_calls, ran):
-        model = small().eval()
-        x = pixels(dtype=torch.float32)
-        if ran:
-            model(x)
-            fused_calls.clear()
+    def test_trace(self, fused_calls, net):
+        model, x = net
         assert torch.equal(torch.jit.trace(model, x, check_trace=False)(x), plain_twin(model)(x))
         assert not fused_calls
 
-    @pytest.mark.parametrize("ran", [True, False], ids=["after a step", "new"])
-    def test_symbolic_trace(self, fused_calls, ran):
-        model = small().eval()
-        x = pixels(dtype=torch.float32)
-        if ran:
-            model(x)
-            fused_calls.clear()
+    def test_symbolic_trace(self, fused_calls, net):
+        model, x = net
         traced = torch.fx.symbolic_trace(model)
         assert {"layer1.0.bn3", "layer1.0.se.conv"} <= {node.target for node in traced.graph.nodes}
         assert torch.equal(traced(x), plain_twin(model)(x))
         assert not fused_calls
 
-    @pytest.mark.parametrize("ran", [True, False], ids=["after a step", "new"])
     @pytest.mark.parametrize("strict", [True, False])
-    def test_export_keeps_norms(self, fused_calls, ran, strict):
-        model = small().eval()
-        x = pixels(dtype=torch.float32)
-        if ran:
-            model(x)
-            fused_calls.clear()
+    def test_export_keeps_norms(self, fused_calls, net, strict):
+        model, x = net
         program = torch.export.export(model, (x,), strict=strict)
         norms = [node for node in program.graph.nodes if "batch_norm" in str(node.target)]
         assert len(norms) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())

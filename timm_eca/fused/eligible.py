@@ -23,9 +23,9 @@ from .halves import TailRule
 
 __all__ = ["Parts", "find_parts", "is_eca", "map_fits", "unwatched"]
 
-FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
+_FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 _SYNC_NORMS = (nn.SyncBatchNorm, SyncBatchNormAct)
-_NORMS = (nn.BatchNorm2d, BatchNormAct2d, *_SYNC_NORMS, *FROZEN_NORMS)
+_NORMS = (nn.BatchNorm2d, BatchNormAct2d, *_SYNC_NORMS, *_FROZEN_NORMS)
 _GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
     nn_module._global_forward_pre_hooks,
@@ -54,7 +54,7 @@ class NormPart:
     def of_batch(self) -> bool:
         """Whether the batch's statistics are used, as `torch.nn.BatchNorm2d` decides it."""
         module = self.module
-        return type(module) not in FROZEN_NORMS and (module.training or self.stats["running_mean"] is None)
+        return type(module) not in _FROZEN_NORMS and (module.training or self.stats["running_mean"] is None)
 
     def given(self) -> Norm:
         """Return the norm by its own statistics."""
@@ -185,7 +185,7 @@ def _last_norm(downsample: Any) -> Any:
 def _norm_part(norm: Any) -> NormPart:
     if torch.compiler.is_compiling():
         return NormPart(norm, _now(norm, "weight", "bias"), _now(norm, "running_mean", "running_var"))
-    return NormPart(norm, norm._buffers if type(norm) in FROZEN_NORMS else norm._parameters, norm._buffers)
+    return NormPart(norm, norm._buffers if type(norm) in _FROZEN_NORMS else norm._parameters, norm._buffers)
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:

@@ -56,8 +56,9 @@ def _fake_moments(z: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _tail(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu):
     weights = _weights(weight, bias, kernel, mean, var, drop, eps)
-    out, pooled, moments = native.forward(_dense(z), shortcut, weights, relu, inplace=False)
-    return _like(out, z), pooled, *_own(moments, weights, z)
+    dense = _dense(z)
+    out, pooled, moments = native.forward(dense, shortcut, weights, relu, inplace=False)
+    return _as_graph_has_it(out, z, dense), pooled, *_own(moments, weights, z)
 
 
 def _tail_(z, shortcut, weight, bias, kernel, mean, var, drop, eps, relu, shortcut_norm, shortcut_eps):
@@ -87,7 +88,8 @@ def _backward(grad, out, z, pooled, weight, bias, kernel, mean, var, drop, eps, 
     grad = grad.contiguous(memory_format=layout)
     masked_by = None if out is None else out.contiguous(memory_format=layout)
     dz, d_shortcut, *rest = native.backward(grad, masked_by, dense, pooled, weights, wanted)
-    maps = [None if t is None else _like(t, z) for t in (dz, None if out is None else d_shortcut)]
+    given = (dz, None if out is None else d_shortcut)
+    maps = [None if t is None else _as_graph_has_it(t, z, dense) for t in given]
     rest = [d if t is not None else None for d, t in zip(rest, (weight, bias, kernel))]
     return tuple(_or_empty(t, z) for t in (*maps, *rest))
 
@@ -126,10 +128,9 @@ def _dense(z: Tensor) -> Tensor:
     return z if dense else z.contiguous()
 
 
-def _like(result: Tensor, z: Tensor) -> Tensor:
-    """Return a map in the strides that the graph expects of it, those of z."""
-    expected = torch.empty_like(z, device="meta").stride()
-    return result if result.stride() == expected else torch.empty_like(z).copy_(result)
+def _as_graph_has_it(result: Tensor, z: Tensor, dense: Tensor) -> Tensor:
+    """Return a map in the strides that the graph expects of it: those of one made like z."""
+    return result if dense is z else torch.empty_like(z).copy_(result)
 
 
 def _or_empty(tensor: Tensor | None, z: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""A start from a plain backbone's function, bit for bit."""
+
+import copy
+import functools
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from conftest import randomize_
+from timm_eca import add_attn_, attn_modules
+
+
+class TestIdentity:
+    @pytest.mark.parametrize(
+        "name", ["resnet18", "resnet26", "resnext50_32x4d", "resnet26t", "resnet50_gn", "mobilenetv2_050"]
+    )
+    def test_same_function_bit_for_bit(self, name, images):
+        torch.manual_seed(0)
+        plain = randomize_(timm.create_model(name)).eval()
+        model = add_attn_(copy.deepcopy(plain), "eca", attn_init="identity")
+        assert len(attn_modules(model)) > 0
+        assert torch.equal(model(images), plain(images))
+        created = timm.create_model(
+            name,
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": copy.deepcopy(plain.state_dict())},
+            attn_layer="eca",
+            attn_init="identity",
+        )
+        assert torch.equal(created.eval()(images), plain(images))
+
+    @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050"])
+    def test_trains_from_there(self, name, images):
+        torch.manual_seed(0)
+        model = add_attn_(randomize_(timm.create_model(name)), "eca", attn_init="identity")
+        model(images).square().mean().backward()
+        for layer in attn_modules(model).values():
+            assert (layer.conv.weight.grad != 0).all()
+
+    def test_training_mode_too(self, images):
+        plain = randomize_(timm.create_model("resnet18"))
+        model = add_attn_(copy.deepcopy(plain), "eca", attn_init="identity")
+        assert torch.equal(model.train()(images), plain.train()(images))
+
+    def test_is_ordinary_weights(self, images):
+        """What an identity start leaves is a plain ECA network: its weights give the same function elsewhere."""
+        model = add_attn_(randomize_(timm.create_model("resnet18")), "eca", attn_init="identity").eval()
+        other = timm.create_model("resnet18", attn_layer="eca").eval()
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(images), model(images))
+
+    def test_needs_an_affine_norm(self):
+        norm = functools.partial(nn.BatchNorm2d, affine=False)
+        model = timm.create_model("resnet18", norm_layer=norm, zero_init_last=False)
+        before = list(model.named_modules())
+        with pytest.raises(
+            ValueError, match=r"attn_init='identity' needs norm weights that scale what layer1.0.se gates"
+        ):
+            add_attn_(model, attn_init="identity")
+        assert list(model.named_modules()) == before
+
+    def test_refuses_to_replace(self):
+        with pytest.raises(
+            ValueError, match=r"layer1.0.se squeeze-and-excitation \(SEModule\) would go.*attn_where='add'"
+        ):
+            timm.create_model("seresnet18", attn_layer="eca", attn_init="identity")
+        with pytest.raises(ValueError, match=r"blocks.0.0.se squeeze-and-excitation .* would go.*attn_where='add'"):
+            timm.create_model("efficientnet_b0", attn_layer="eca", attn_where="end", attn_init="identity")
