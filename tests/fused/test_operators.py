@@ -1,12 +1,16 @@
+from functools import partial
+
 import pytest
 import torch
 
 from fused_models import assert_same, blocks_of, compiler_calls_blocks, pixels, plain_twin, small, step
 from timm_eca.fused import native
 from timm_eca.fused.formula import Moments, Running, TailWeights, tail_formula
-from timm_eca.fused.operators import operator_tail
+from timm_eca.fused.operators import operator_gains
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="the compiled passes are not built here")
+
+operator_tail = partial(tail_formula, gains_of=operator_gains)
 
 
 def make(
@@ -34,7 +38,7 @@ def make(
 
 
 def flat(weights: TailWeights) -> tuple:
-    """The operator's arguments after the maps, but for the ReLU."""
+    """The operator's arguments after the map."""
     mean, var = weights.moments or (None, None)
     return weights.weight, weights.bias, weights.kernel, mean, var, weights.drop, weights.eps
 
@@ -68,9 +72,32 @@ class TestOperator:
         for actual, expected in zip(found, all_of(tail_formula, *make(**CASES[case]), relu)):
             torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
-    def test_contract(self, case, relu):
-        z, shortcut, weights = make(**CASES[case])
-        torch.library.opcheck(torch.ops.timm_eca.tail.default, (z, shortcut, *flat(weights), relu))
+
+@pytest.mark.parametrize("case", CASES)
+class TestContracts:
+    def test_gains(self, case):
+        z, _, weights = make(**CASES[case])
+        torch.library.opcheck(torch.ops.timm_eca.gains.default, (z, *flat(weights)))
+
+    def test_gains_backward(self, case):
+        z, _, weights = make(**CASES[case])
+        z, weights = z.detach(), weights._replace(moments=weights.moments or Moments(*weights.running[:2]))
+        vectors = [torch.randn_like(z[:, :, 0, 0]) for _ in range(3)]
+        given = [t.detach() if isinstance(t, torch.Tensor) else t for t in flat(weights)]
+        torch.library.opcheck(torch.ops.timm_eca.gains_backward.default, (*vectors, *given, 12, True))
+
+    def test_derivatives(self, case):
+        z, _, weights = make(**CASES[case])
+        leaves = [t for t in (z, weights.weight, weights.bias, weights.kernel) if t is not None]
+
+        def gains(z, *vectors):
+            given = iter(vectors)
+            names = [name for name in ("weight", "bias", "kernel") if getattr(weights, name) is not None]
+            pooled, _, scale, offset = operator_gains(z, weights._replace(**{name: next(given) for name in names}))
+            # The pool is a constant there: what depends on it is in the offset, which the tail needs with it.
+            return (z - pooled[..., None, None]) * scale[..., None, None] + offset[..., None, None]
+
+        assert torch.autograd.gradcheck(gains, leaves)
 
 
 class TestLayouts:
@@ -88,7 +115,20 @@ class TestLayouts:
         z, shortcut = (ways[way](t.detach()).requires_grad_() for way, t in ((z_as, z), (shortcut_as, shortcut)))
         for actual, wanted in zip(all_of(operator_tail, z, shortcut, weights, True), expected):
             torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-12)
-        torch.library.opcheck(torch.ops.timm_eca.tail.default, (z, shortcut, *flat(weights), True))
+        torch.library.opcheck(torch.ops.timm_eca.gains.default, (z, *flat(weights)))
+
+
+def graph_of(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
+    """What a model's graph calls."""
+    targets = []
+
+    def watch(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    torch.compile(model, fullgraph=True, backend=watch)(pixels(dtype=dtype))
+    return targets
 
 
 class TestGraphs:
@@ -96,28 +136,17 @@ class TestGraphs:
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
     def test_graph_calls_it_once_a_block(self, train):
         model = small(drop_path_rate=0.3).train(train)
-        targets = []
+        assert sum("timm_eca.gains" in target for target in graph_of(model, torch.float32)) == len(blocks_of(model))
 
-        def watch(graph, _):
-            targets.extend(node.target for node in graph.graph.nodes)
-            return graph.forward
-
-        torch.compiler.reset()
-        torch.compile(model, fullgraph=True, backend=watch)(pixels(dtype=torch.float32))
-        assert sum("timm_eca.tail" in str(target) for target in targets) == len(blocks_of(model))
+    def test_inference_is_the_compilers(self):
+        with torch.no_grad():
+            assert not any("timm_eca" in target for target in graph_of(small().eval(), torch.float32))
 
     def test_half_precision_has_the_formula(self):
         model = small().bfloat16().eval()
-        targets = []
-
-        def watch(graph, _):
-            targets.extend(str(node.target) for node in graph.graph.nodes)
-            return graph.forward
-
-        torch.compiler.reset()
+        assert not any("timm_eca" in target for target in graph_of(model, torch.bfloat16))
         x = pixels(dtype=torch.bfloat16)
-        out = torch.compile(model, fullgraph=True, backend=watch)(x)
-        assert not any("timm_eca" in target for target in targets)
+        out = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close(out, model(x), rtol=0.05, atol=0.05)
 
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])

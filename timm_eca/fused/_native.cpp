@@ -397,19 +397,24 @@ void apply(const T* z, const Other<T>& other, T* out, const T* centre, const T* 
   run(z + at, other.map ? other.map + at : nullptr, out + at, centre + v, scale + v, offset + v, gain, d, c0, c1);
 }
 
+enum class Read : Index { kNothing, kPool, kMoments };
+
+// What is read of z; else its pool is given, and its moments. Without out the result is what would make it: scale and
+// offset, else null.
 template <typename T>
 void forward(const Shape& d, const T* z, const Other<T>& other, T* out, const Weights<T>& w, T* mean, T* var,
-             T* pooled, bool of_batch, bool relu) {
+             T* pooled, T* scale, T* offset, Read reading, bool relu) {
   Index channels = d.channels, vectors = d.batch * channels;
-  std::unique_ptr<T[]> space(new T[2 * vectors + 3 * channels]);
-  T *scale = space.get(), *offset = scale + vectors, *inverse = offset + vectors, *norm = inverse + channels;
-  T *square = offset, *gain = norm + channels;
+  std::unique_ptr<T[]> space(new T[3 * channels + (out ? 2 * vectors : 0)]);
+  T *inverse = space.get(), *norm = inverse + channels, *gain = norm + channels;
+  if (out) scale = gain + channels, offset = scale + vectors;
+  T* square = offset;
   for (Index c = 0; c < channels; ++c) gain[c] = other.mean ? other.gain(c) : T(1);
   auto read = [=](Index b, Index c0, Index c1) {
     Index v = b * channels;
-    if (of_batch)
+    if (reading == Read::kMoments)
       moments(z + v * d.area, d, c0, c1, pooled + v, square + v);
-    else
+    else if (reading == Read::kPool)
       pool(z + v * d.area, d, c0, c1, pooled + v);
   };
   auto gains = [=](Index b) {
@@ -419,15 +424,15 @@ void forward(const Shape& d, const T* z, const Other<T>& other, T* out, const We
       for (Index c = 0; c < channels; ++c) offset[v + c] += other.shift(c, gain[c]);
   };
   auto write = [=](Index b, Index c0, Index c1) {
-    apply(z, other, out, pooled, scale, offset, gain, d, b, c0, c1, relu);
+    if (out) apply(z, other, out, pooled, scale, offset, gain, d, b, c0, c1, relu);
   };
-  if (!of_batch && d.batch >= d.threads) {  // a sample at a time: its second read comes from the cache
+  if (reading != Read::kMoments && d.batch >= d.threads) {  // a sample at a time: its second read is from the cache
     norm_of(w, channels, inverse, norm);
     for_samples(d, [=](Index b) { read(b, 0, channels), gains(b), write(b, 0, channels); });
     return;
   }
   for_channels(d, read);
-  if (of_batch) batch_moments(d, pooled, square, mean, var);
+  if (reading == Read::kMoments) batch_moments(d, pooled, square, mean, var);
   norm_of(w, channels, inverse, norm);
   for_samples(d, gains);
   for_channels(d, write);
@@ -462,15 +467,18 @@ void gate_grads(const Weights<T>& w, const T* norm, const T* pooled, Index chann
   }
 }
 
+// Without grad its dots and total are given, and the result is what would make dz: shift, which has been total, scale and
+// slope, else null.
 template <typename T>
 void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* dz, const Weights<T>& w,
-              const T* pooled, T* dgamma, T* dbeta, T* dkernel, bool of_batch) {
+              const T* pooled, T* dgamma, T* dbeta, T* dkernel, T* dot, T* total, T* scale, T* slope, bool of_batch) {
   Index channels = d.channels, vectors = d.batch * channels;
-  std::unique_ptr<T[]> space(new T[4 * vectors + 4 * channels + d.batch * w.size]);
-  T *dot = space.get(), *total = dot + vectors, *scale = total + vectors, *dq = scale + vectors;
-  T *inverse = dq + vectors, *norm = inverse + channels, *slope = norm + channels, *common = slope + channels;
+  std::unique_ptr<T[]> space(new T[vectors + 3 * channels + d.batch * w.size + (grad ? 3 * vectors + channels : 0)]);
+  T *dq = space.get(), *inverse = dq + vectors, *norm = inverse + channels, *common = norm + channels;
   T* dkernels = common + channels;
-  std::fill_n(slope, 2 * channels, T(0));
+  if (grad) dot = dkernels + d.batch * w.size, total = dot + vectors, scale = total + vectors, slope = scale + vectors;
+  std::fill_n(slope, channels, T(0));
+  std::fill_n(common, channels, T(0));
   norm_of(w, channels, inverse, norm);
   auto sum = [=](Index b, Index c0, Index c1) {
     Index v = b * channels, at = v * d.area;
@@ -492,14 +500,14 @@ void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* 
     Index v = b * channels, at = v * d.area;
     map_grad(masked + at, z + at, dz + at, scale + v, w.mean, slope, shift + v, d, c0, c1);
   };
-  bool at_once = !of_batch && d.batch >= d.threads;
+  bool at_once = grad && !of_batch && d.batch >= d.threads;
   if (at_once) {  // a sample at a time: its second read comes from the cache
     for_samples(d, [=](Index b) {
       sum(b, 0, channels), grads(b);
       if (dz) shift_of(b), write(b, 0, channels);
     });
   } else {
-    for_channels(d, sum);
+    if (grad) for_channels(d, sum);
     for_samples(d, grads);
   }
 
@@ -511,7 +519,7 @@ void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* 
   }
   for (Index c = 0; c < channels; ++c) dgamma[c] = T(dnorm[c] * inverse[c]), dbeta[c] = T(dmean[c]);
   for (Index j = 0; j < w.size; ++j) dkernel[j] = T(dk[j]);
-  if (!dz || at_once) return;
+  if (at_once || (grad && !dz)) return;
 
   double count = double(d.batch) * d.area;
   if (of_batch)
@@ -520,14 +528,16 @@ void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* 
       common[c] = T(-dmean[c] * norm[c] / count);
     }
   for_samples(d, shift_of);
-  for_channels(d, write);
+  if (dz) for_channels(d, write);
 }
 
 // ---- calls: what native.py packs, field by field ----
 
 template <typename T> struct Forward {
   Shape shape;
-  Index size, of_batch, relu;
+  Index size;
+  Read reading;
+  Index relu;
   double eps, factor, other_eps;
   const T *z, *other;
   T* out;
@@ -536,12 +546,14 @@ template <typename T> struct Forward {
   const T* drop;
   T *pooled, *running_mean, *running_var;
   const T *other_gamma, *other_beta, *other_mean, *other_var;
+  T *scale, *offset;
 
   void run() const {
     Weights<T> weights{gamma, beta, kernel, mean, var, drop, size, T(eps)};
     Other<T> added{other, other_gamma, other_beta, other_mean, other_var, T(other_eps)};
     std::vector<T> unkept(pooled ? 0 : shape.batch * shape.channels);
-    forward<T>(shape, z, added, out, weights, mean, var, pooled ? pooled : unkept.data(), of_batch, relu);
+    T* pool = pooled ? pooled : unkept.data();
+    forward<T>(shape, z, added, out, weights, mean, var, pool, scale, offset, reading, relu);
     if (running_mean) update_running(shape, mean, var, running_mean, running_var, factor);
   }
 };
@@ -553,11 +565,12 @@ template <typename T> struct Backward {
   const T *grad, *out, *z;
   T *masked, *dz;
   const T *gamma, *beta, *kernel, *mean, *var, *drop, *pooled;
-  T *dgamma, *dbeta, *dkernel;
+  T *dgamma, *dbeta, *dkernel, *dot, *total, *scale, *slope;
 
   void run() const {
     Weights<T> weights{gamma, beta, kernel, mean, var, drop, size, T(eps)};
-    backward<T>(shape, grad, out, z, masked, dz, weights, pooled, dgamma, dbeta, dkernel, of_batch);
+    backward<T>(shape, grad, out, z, masked, dz, weights, pooled, dgamma, dbeta, dkernel, dot, total, scale, slope,
+                of_batch);
   }
 };
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ..block_rule import rule_key
 from ..gating import gated_class
-from .eligible import Parts, find_parts, is_eca, map_fits, unwatched
+from .eligible import Parts, find_parts, graph_parts, is_eca, map_fits, unwatched
 from .formula import Moments, Norm, Running, TailWeights
 from .halves import Halves, TailRule, halves_of
+from .pooled import pooled_before
 from .tail import fused_tail, graph_tail
 
 __all__ = ["fuse_", "fuse_blocks_", "unfuse_"]
@@ -139,7 +140,7 @@ def _fitting_parts(block: Any, x: object) -> Parts | None:
         return None
     if torch.compiler.is_compiling():
         # Exported graphs keep the norms that quantizers and converters look for.
-        return None if torch.compiler.is_exporting() else _present(block, find_parts(block, block._rule))
+        return None if torch.compiler.is_exporting() else graph_parts(block, block._rule)
     if not unwatched() or type(block).forward is not block._plain_forward:
         return None
     parts = block._parts
@@ -167,11 +168,13 @@ def _starts_as_identity(block: Any, parts: Parts) -> bool:
 
 
 def _fused_forward(block: Any, parts: Parts, x: Tensor) -> Tensor:
-    z, shortcut = block._halves.head(block, x)
+    u, shortcut = block._halves.head(block, x)
+    pooled = None if parts.norm.of_batch or torch.is_grad_enabled() else pooled_before(parts.conv, u)
+    z = parts.conv(u)
     adds = getattr(block, "has_skip", True)
     if not map_fits(z, parts.norm.of_batch) or (adds and parts.downsample is None and not _alike(z, shortcut)):
         return block._halves.tail(block, z, shortcut)
-    weights = _weights(parts, z, adds)
+    weights = _weights(parts, z, adds)._replace(pooled=pooled)
     if parts.downsample is not None:
         shortcut, norm = _downsampled(parts, shortcut)
         shortcut, weights = shortcut.to(z.dtype), weights._replace(shortcut_norm=norm)

@@ -21,7 +21,7 @@ from ..layers import EcaLayer
 from .formula import Norm
 from .halves import TailRule
 
-__all__ = ["Parts", "find_parts", "is_eca", "map_fits", "unwatched"]
+__all__ = ["Parts", "find_parts", "graph_parts", "is_eca", "map_fits", "unwatched"]
 
 _FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 _SYNC_NORMS = (nn.SyncBatchNorm, SyncBatchNormAct)
@@ -67,6 +67,7 @@ class Parts:
     """The modules of a block's tail, and what would tell that they are no longer what they were.
 
     Attributes:
+        conv: The convolution before the norm.
         norm: The norm.
         attn: The attention.
         kernel: The dictionary of the attention's weights.
@@ -79,6 +80,7 @@ class Parts:
         attributes: The modules' own attributes; a forward among them is somebody's patch.
     """
 
+    conv: Any
     norm: NormPart
     attn: Any
     kernel: dict[str, Any]
@@ -120,16 +122,40 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         return None
     last = _last_norm(downsample)
     shortcut = () if last is None else (downsample, last)
-    compiling = torch.compiler.is_compiling()
-    kernel = _now(attn.conv, "weight") if compiling else attn.conv._parameters
     shortcut_norm = None if last is None else _norm_part(last)
-    modules = (_norm_part(norm), attn, kernel, drop_path, downsample, shortcut_norm, act)
+    modules = (conv, _norm_part(norm), attn, attn.conv._parameters, drop_path, downsample, shortcut_norm, act)
     heard = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act, *shortcut) if m is not None]
-    if compiling:  # the compiler watches by itself, and would be slow to follow this
-        return None if any(_is_heard(m) for m in heard) else Parts(*modules, (), (), ())
     children = tuple((m._modules, [*m._modules.values()]) for m in (block, attn, norm, *shortcut))
     hooks = tuple(d for m in heard for d in _hooks(m))
     return Parts(*modules, children, hooks, tuple(m.__dict__ for m in heard))
+
+
+def graph_parts(block: Any, rule: TailRule) -> Parts | None:
+    """As `find_parts`, of a block that a compiler makes a graph of: with the tensors themselves, which it follows."""
+    if not _fits_graph(block):
+        return None
+    norm, attn, downsample = getattr(block, rule.norm), getattr(block, rule.attn), getattr(block, "downsample", None)
+    last = None if downsample is None else _last_norm(downsample)
+    return Parts(
+        conv=getattr(block, rule.conv),
+        norm=_norm_now(norm),
+        attn=attn,
+        kernel=_now(attn.conv, "weight"),
+        drop_path=block.drop_path,
+        downsample=downsample,
+        shortcut_norm=None if last is None else _norm_now(last),
+        act=getattr(block, rule.act) if rule.act else None,
+        children=(),
+        hooks=(),
+        attributes=(),
+    )
+
+
+@torch.compiler.assume_constant_result
+def _fits_graph(block: Any) -> bool:
+    """Look when a graph is made. Each look that the compiler followed would be taken again before every run of it."""
+    parts = find_parts(block, block._rule)
+    return parts is not None and parts.still_fit(block)
 
 
 def map_fits(z: Tensor, of_batch: bool) -> bool:
@@ -183,17 +209,15 @@ def _last_norm(downsample: Any) -> Any:
 
 
 def _norm_part(norm: Any) -> NormPart:
-    if torch.compiler.is_compiling():
-        return NormPart(norm, _now(norm, "weight", "bias"), _now(norm, "running_mean", "running_var"))
     return NormPart(norm, norm._buffers if type(norm) in _FROZEN_NORMS else norm._parameters, norm._buffers)
+
+
+def _norm_now(norm: Any) -> NormPart:
+    return NormPart(norm, _now(norm, "weight", "bias"), _now(norm, "running_mean", "running_var"))
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-
-
-def _is_heard(module: nn.Module) -> bool:
-    return any(len(hooks) for hooks in _hooks(module))
 
 
 def _now(module: nn.Module, *names: str) -> dict[str, Any]:

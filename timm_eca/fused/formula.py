@@ -13,6 +13,7 @@ sum of grad: z, which the norm keeps anyway, serves both.
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,17 @@ __all__ = [
     "Running",
     "TailWeights",
     "gains",
+    "gains_of_map",
     "layout_of",
+    "map_mean",
     "normed_shortcut",
     "tail_formula",
     "update_running",
     "vector_dtype",
 ]
+
+
+_WORTH_A_CALL = 65536  # elements of a sample that a compiled graph calls a kernel for
 
 
 class Moments(NamedTuple):
@@ -80,6 +86,7 @@ class TailWeights(NamedTuple):
         eps: The norm's epsilon.
         shortcut_norm: The norm that the shortcut has yet to go through, None where it is added as it is. For
             inference alone: it gets no gradient.
+        pooled: z's mean over the map (B, C), None where it is not known yet. For given moments alone.
     """
 
     kernel: Tensor
@@ -91,9 +98,33 @@ class TailWeights(NamedTuple):
     drop: Tensor | None
     eps: float
     shortcut_norm: Norm | None = None
+    pooled: Tensor | None = None
 
 
-def tail_formula(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
+GainsOf = Callable[[Tensor, TailWeights], tuple[Tensor, Moments, Tensor, Tensor]]
+"""What returns a map's mean (B, C), its moments, w * scale and w * q (B, C): `gains_of_map`, or as it."""
+
+
+def gains_of_map(z: Tensor, weights: TailWeights) -> tuple[Tensor, Moments, Tensor, Tensor]:
+    """Return a map's mean (B, C), the moments, w * scale and w * q (B, C)."""
+    x = z.to(vector_dtype(z))
+    pooled = map_mean(x) if weights.pooled is None else weights.pooled
+    moments = weights.moments or _batch_moments(x, pooled)
+    return pooled, moments, *gains(pooled, moments, weights)
+
+
+def map_mean(x: Tensor) -> Tensor:
+    """Return the mean (B, C) over a map."""
+    in_graph = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if in_graph and x.is_cpu and x.shape[1:].numel() > _WORTH_A_CALL:
+        # The compiler makes maps channels_last there, and of this a call of a kernel, thrice as fast as its own loop.
+        return functional.avg_pool2d(x, x.shape[2:], stride=1).flatten(1)
+    return x.mean((2, 3))
+
+
+def tail_formula(
+    z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool, gains_of: GainsOf = gains_of_map
+) -> Tensor:
     """Compute a tail (B, C, H, W) in plain differentiable operations, for compilers and for second derivatives.
 
     Args:
@@ -101,12 +132,11 @@ def tail_formula(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu:
         shortcut: What is added, of z's shape and type, or None.
         weights: What the tail computes with.
         relu: Whether a ReLU ends it.
+        gains_of: What finds the vectors.
     """
-    x = z.to(vector_dtype(z))
-    pooled = x.mean((2, 3))
-    moments = weights.moments or _batch_moments(x, pooled)
+    pooled, moments, scale, offset = gains_of(z, weights)
     update_running(weights.running, moments, z)
-    scale, offset = gains(pooled, moments, weights)
+    x = z.to(pooled.dtype)
     out = ((x - pooled[..., None, None]) * scale[..., None, None] + offset[..., None, None]).to(z.dtype)
     if shortcut is not None:
         out = out + normed_shortcut(shortcut, weights)
@@ -148,10 +178,14 @@ def gains(pooled: Tensor, moments: Moments, weights: TailWeights) -> tuple[Tenso
 
 def _channel_conv(q: Tensor, kernel: Tensor) -> Tensor:
     """Convolve along the channels of (B, C), in the type that q has, autocast or not."""
+    size, channels = kernel.shape[2], q.shape[1]
+    if torch.compiler.is_compiling():  # which makes one loop of this, and a call of a convolution
+        padded = functional.pad(q, (size // 2, size // 2))
+        return reduce(torch.add, (padded[:, j : j + channels] * kernel[0, 0, j] for j in range(size)))
     if torch.is_autocast_enabled(q.device.type):
         with torch.autocast(q.device.type, enabled=False):
             return _channel_conv(q, kernel)
-    return functional.conv1d(q[:, None], kernel, padding=kernel.shape[2] // 2)[:, 0]
+    return functional.conv1d(q[:, None], kernel, padding=size // 2)[:, 0]
 
 
 def vector_dtype(z: Tensor) -> torch.dtype:

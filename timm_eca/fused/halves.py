@@ -1,4 +1,4 @@
-"""A block's forward in two halves, cut before its last norm.
+"""A block's forward in two halves, cut at its last convolution.
 
 The halves are timm's own source: a fused block runs the first as it is, and the second where it cannot fuse. A new
 timm whose forward no longer fits its rule is not cut, and its blocks are not fused.
@@ -21,7 +21,7 @@ class TailRule(NamedTuple):
     """What the end of a block's forward consists of: names of the block's attributes.
 
     Attributes:
-        conv: The convolution that ends the first half.
+        conv: The convolution between the halves.
         norm: The norm after it.
         attn: The attention after the norm.
         act: The activation after the addition, None where there is none.
@@ -41,7 +41,10 @@ class TailRule(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """The two halves of a forward. `forward(x)` is `tail(block, *head(block, x))`."""
+    """The two halves of a forward: `head(block, x)` returns what the convolution gets, and the shortcut.
+
+    `tail(block, z, shortcut)` gets what the convolution made of it.
+    """
 
     head: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
     tail: Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -56,9 +59,9 @@ def halves_of(cls: type[nn.Module], rule: TailRule) -> Halves | None:
         return None
     assert isinstance(function, ast.FunctionDef)
     cut = next((i for i, line in enumerate(function.body) if rule.norm in _own_names(line)), 0)
-    head, tail = function.body[:cut], function.body[cut:]
+    head, tail = function.body[: max(cut - 1, 0)], function.body[cut:]
     names = set().union(*map(_own_names, tail))
-    if not head or _own_names(head[-1]) != {rule.conv} or names != rule.names:
+    if not head or ast.unparse(function.body[cut - 1]) != f"x = self.{rule.conv}(x)" or names != rule.names:
         return None
     scope = vars(sys.modules[cls.forward.__module__])
     head = [*head, *ast.parse("return x, shortcut").body]

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formula import Moments, TailWeights
+from .formula import Moments, TailWeights, layout_of
 
-__all__ = ["backward", "forward", "loaded", "takes"]
+__all__ = ["backward", "forward", "gains", "gains_backward", "loaded", "takes"]
 
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
 # A call's arguments travel as one struct: packing it costs a fraction of converting them one by one.
-_FORWARD = Struct("8q3d16P")
-_BACKWARD = Struct("8q1d15P")
+_FORWARD = Struct("8q3d18P")
+_BACKWARD = Struct("8q1d19P")
+_NO_MAPS, _NO_VECTORS = (None,) * 5, (None,) * 4
+_NOTHING, _POOL, _MOMENTS = range(3)  # what is read of a map before the result is made
 _NO_NORM = (None, None, None, None, 0.0)
 
 
@@ -51,9 +53,9 @@ def takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
     dtype = z.dtype
     if ("forward", dtype) not in _functions or not z.is_cpu:
         return False
-    kernel, _, weight, bias, moments, running, drop, _, shortcut_norm = weights
+    kernel, _, weight, bias, moments, running, drop, _, shortcut_norm, pooled = weights
     mean, var = moments or (running[:2] if running else (None, None))
-    for t in (kernel, weight, bias, mean, var, drop, *(shortcut_norm or _NO_NORM)[:4]):
+    for t in (kernel, weight, bias, mean, var, drop, pooled, *(shortcut_norm or _NO_NORM)[:4]):
         if t is not None and not (t.dtype == dtype and t.is_cpu and t.is_contiguous()):
             return False
     return shortcut is None or (shortcut.dtype == dtype and shortcut.is_cpu and shortcut.shape == z.shape)
@@ -63,33 +65,91 @@ def forward(
     z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool, inplace: bool
 ) -> tuple[Tensor, Tensor | None, Moments]:
     """As `passes.forward`. In place, z is not pooled for a backward pass."""
-    kernel, _, weight, bias, given, running, drop, eps, shortcut_norm = weights
-    out, pooled = (z, None) if inplace else (torch.empty_like(z), z.new_empty(z.shape[:2]))
+    out, pooled = z, weights.pooled
+    if not inplace:
+        out, pooled = torch.empty_like(z), z.new_empty(z.shape[:2]) if pooled is None else pooled
+    if shortcut is not None:
+        shortcut = shortcut.contiguous(memory_format=layout_of(z))
+    return out, pooled, _forward(z, shortcut, out, weights, relu, pooled)
+
+
+def gains(z: Tensor, weights: TailWeights) -> tuple[Tensor, Moments, Tensor, Tensor]:
+    """As `formula.gains_of_map`."""
+    pooled, scale, offset = (z.new_empty(z.shape[:2]) for _ in range(3))
+    return pooled, _forward(z, None, None, weights, False, pooled, (scale, offset)), scale, offset
+
+
+def _forward(
+    z: Tensor,
+    shortcut: Tensor | None,
+    out: Tensor | None,
+    weights: TailWeights,
+    relu: bool,
+    pooled: Tensor | None,
+    gains: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Moments:
+    """Return the moments. The map is made, out, or, where that is None, the vectors that would make it."""
+    kernel, _, weight, bias, given, running, drop, eps, shortcut_norm, known = weights
     moments = given or Moments(z.new_empty(z.shape[1]), z.new_empty(z.shape[1]))
+    reading = _MOMENTS if given is None else _POOL if known is None else _NOTHING
     *kept, factor = running or (None, None, 0.0)
     *of_shortcut, shortcut_eps = shortcut_norm or _NO_NORM
-    nhwc = not z.is_contiguous()
-    if shortcut is not None:
-        shortcut = shortcut.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-    tensors = (z, shortcut, out, weight, bias, kernel, *moments, drop, pooled, *kept, *of_shortcut)
-    sizes = (*_sizes(z, nhwc), kernel.numel(), given is None, relu)
+    tensors = (z, shortcut, out, weight, bias, kernel, *moments, drop, pooled, *kept, *of_shortcut, *gains)
+    sizes = (*_sizes(z, not z.is_contiguous()), kernel.numel(), reading, relu)
     _functions["forward", z.dtype](_FORWARD.pack(*sizes, eps, factor, shortcut_eps, *map(_address, tensors)))
-    return out, pooled, moments
+    return moments
 
 
 def backward(
     grad: Tensor, out: Tensor | None, z: Tensor, pooled: Tensor, weights: TailWeights, wanted: list[bool]
 ) -> list[Tensor | None]:
     """As `passes.backward`."""
-    kernel, _, weight, bias, moments, _, drop, eps, _ = weights
-    assert moments is not None
     masked = grad if out is None else torch.empty_like(z)
     dz = torch.empty_like(z) if wanted[0] else None
-    d_weights = [torch.empty_like(t) for t in (*moments, kernel)]
-    tensors = (grad, out, z, masked, dz, weight, bias, kernel, *moments, drop, pooled, *d_weights)
-    sizes = (*_sizes(z, not z.is_contiguous()), kernel.numel(), wanted[5], False)
-    _functions["backward", z.dtype](_BACKWARD.pack(*sizes, eps, *map(_address, tensors)))
+    maps = (grad, out, z, masked, dz)
+    d_weights = _backward(_sizes(z, not z.is_contiguous()), maps, pooled, weights, wanted[5])
     return [gradient if want else None for gradient, want in zip((dz, masked, *d_weights), wanted)]
+
+
+def gains_backward(
+    dots: Tensor, total: Tensor, pooled: Tensor, weights: TailWeights, area: int, of_batch: bool
+) -> tuple[Tensor, ...]:
+    """Return the gradients that `formula.gains_of_map` has besides that of its scale by the map itself.
+
+    Args:
+        dots: Gradient of the scale (B, C).
+        total: Gradient of the offset (B, C).
+        pooled: The map's mean (B, C).
+        weights: What the tail computed with; the moments are those it was normed by.
+        area: Pixels of the map.
+        of_batch: Whether the moments were those of the batch.
+
+    Returns:
+        shift (B, C) and slope (C), where the map's gradient is shift + slope * (z - mean), and those of weight, bias
+        and kernel.
+    """
+    shift, slope = total.clone(), total.new_empty(total.shape[1])
+    vectors = [dots.clone(), shift, torch.empty_like(total), slope]
+    sizes = (*pooled.shape, area, False, torch.get_num_threads())
+    return shift, slope, *_backward(sizes, _NO_MAPS, pooled, weights, of_batch, vectors)
+
+
+def _backward(
+    sizes: tuple[int, ...],
+    maps: tuple[Tensor | None, ...],
+    pooled: Tensor,
+    weights: TailWeights,
+    of_batch: bool,
+    vectors: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """Return the gradients of weight, bias and kernel. The map's is made, or, without maps, the vectors that would."""
+    kernel, _, weight, bias, moments, _, drop, eps, *_ = weights
+    assert moments is not None
+    d_weights = [torch.empty_like(t) for t in (*moments, kernel)]
+    tensors = (*maps, weight, bias, kernel, *moments, drop, pooled, *d_weights, *(vectors or _NO_VECTORS))
+    sizes = (*sizes, kernel.numel(), of_batch, False)
+    _functions["backward", kernel.dtype](_BACKWARD.pack(*sizes, eps, *map(_address, tensors)))
+    return d_weights
 
 
 def _sizes(z: Tensor, nhwc: bool) -> tuple[int, ...]:

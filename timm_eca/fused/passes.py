@@ -18,7 +18,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Moments]:
     """Return a tail's output, z pooled (B, C), and the moments z was normed by; in place z is overwritten."""
     dtype = vector_dtype(z)
-    pooled = z.mean((2, 3), dtype=dtype)
+    pooled = z.mean((2, 3), dtype=dtype) if weights.pooled is None else weights.pooled
     moments = weights.moments or Moments(pooled.mean(0), _batch_var(z, dtype))
     update_running(weights.running, moments, z)
     scale, offset = gains(pooled, moments, weights)

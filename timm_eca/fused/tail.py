@@ -7,8 +7,8 @@ from timm.layers import Sigmoid
 from torch import Tensor, nn
 
 from . import native, passes
-from .formula import Moments, TailWeights, layout_of, tail_formula
-from .operators import operator_tail
+from .formula import Moments, TailWeights, gains_of_map, layout_of, tail_formula
+from .operators import operator_gains
 
 __all__ = ["fused_tail", "graph_tail"]
 
@@ -29,8 +29,9 @@ def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: b
 
 def graph_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
     """Compute `tail_formula` in what `torch.compile` takes into one graph."""
-    tail = operator_tail if _engine(z, shortcut, weights) is native else tail_formula
-    return tail(z, shortcut, weights, relu)
+    of_operator = torch.is_grad_enabled() and _engine(z, shortcut, weights) is native
+    gains_of = operator_gains if of_operator else gains_of_map
+    return tail_formula(z, shortcut, weights, relu, gains_of)
 
 
 def _engine(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> Any:
