@@ -22,9 +22,9 @@ def tail_cells(
         "eca": [0.0] * rounds,
         "eca, plain path": [0.0] * rounds,
     }
-    for block, shape, count in distinct_tails(backbone, batch, size):
+    for block, shapes, count in distinct_tails(backbone, batch, size):
         torch.compiler.reset()  # of what was compiled for other shapes
-        calls = {name: step_of(tail, block, shape, mode, layout, compiled) for name, tail in TAILS.items()}
+        calls = {name: step_of(tail, block, shapes, mode, layout, compiled) for name, tail in TAILS.items()}
         for call in calls.values():
             call()
         # A compiled network checks the guards of all its blocks once, before it starts; here they would run each time.
@@ -35,64 +35,67 @@ def tail_cells(
     return {"plain_seconds": sorted(seconds["plain"])[rounds // 2], "ratio": ratios(seconds, "plain")}
 
 
-def distinct_tails(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, torch.Size, int]]:
-    """Return the blocks of a network whose tails differ, the shape of the map before the norm, and how many each."""
+def distinct_tails(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, list[torch.Size], int]]:
+    """Return the blocks of a network whose tails differ, the shapes of the last convolution's maps, and how many each.
+
+    These are what it gets, u, and what it makes, z.
+    """
     model = create(backbone, "eca").eval()
     found = [m for m in model.modules() if isinstance(m, blocks.FusedBlock)]
-    shapes: list[torch.Size] = []
-    norms = [getattr(block, block._rule.norm) for block in found]
-    hooks = [norm.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape)) for norm in norms]
+    shapes: list[tuple[torch.Size, torch.Size]] = []
+    convs = [getattr(block, block._rule.conv) for block in found]
+    hooks = [conv.register_forward_hook(lambda _, us, z: shapes.append((us[0].shape, z.shape))) for conv in convs]
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
     for hook in hooks:
         hook.remove()
-    kinds = [(tuple(shape[1:]), getattr(block, "has_skip", True)) for block, shape in zip(found, shapes)]
+    kinds = [(*pair, getattr(block, "has_skip", True)) for block, pair in zip(found, shapes)]
     for kind in dict.fromkeys(kinds):
-        yield found[kinds.index(kind)], torch.Size([batch, *kind[0]]), kinds.count(kind)
+        yield found[kinds.index(kind)], [torch.Size([batch, *shape[1:]]) for shape in kind[:2]], kinds.count(kind)
 
 
 def step_of(
-    tail: Callable[..., Tensor], block: Any, shape: torch.Size, mode: str, layout: Any, compiled: bool
+    tail: Callable[..., Tensor], block: Any, shapes: list[torch.Size], mode: str, layout: Any, compiled: bool
 ) -> Callable[[], object]:
     """Return one call of a tail, with its backward pass in training."""
     training = mode == "training"
     block.train(training)
     adds = getattr(block, "has_skip", True)
-    z, shortcut, grad = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(3))
+    u, z, shortcut, grad = (torch.randn(shape).contiguous(memory_format=layout) for shape in (*shapes, *shapes[1:] * 2))
     call: Any = torch.compile(tail if training else in_place(tail), fullgraph=True) if compiled else tail
 
     def infer() -> None:
         with torch.no_grad():
-            call(block, z, shortcut if adds else None)
+            call(block, u, z, shortcut if adds else None)
 
     def train() -> None:
         inputs = (z.detach().requires_grad_(), shortcut.detach().requires_grad_())
-        call(block, inputs[0], inputs[1] if adds else None).backward(grad)
+        call(block, u, inputs[0], inputs[1] if adds else None).backward(grad)
 
     return train if training else infer
 
 
 def in_place(tail: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A tail that writes where z was, as a compiler lets it in a network, where nothing else needs z."""
-    return lambda block, z, shortcut: z.copy_(tail(block, z, shortcut))
+    return lambda block, u, z, shortcut: z.copy_(tail(block, u, z, shortcut))
 
 
-def plain(block: Any, z: Tensor, shortcut: Tensor | None) -> Tensor:
+def plain(block: Any, u: Tensor, z: Tensor, shortcut: Tensor | None) -> Tensor:
     """What a backbone without attention computes, as timm's blocks do."""
     return finish(block, getattr(block, block._rule.norm)(z), shortcut)
 
 
-def eca(block: Any, z: Tensor, shortcut: Tensor | None) -> Tensor:
+def eca(block: Any, u: Tensor, z: Tensor, shortcut: Tensor | None) -> Tensor:
     """The same with ECA, operation by operation."""
     rule = block._rule
     return finish(block, getattr(block, rule.attn)(getattr(block, rule.norm)(z)), shortcut)
 
 
-def fused(block: Any, z: Tensor, shortcut: Tensor | None) -> Tensor:
+def fused(block: Any, u: Tensor, z: Tensor, shortcut: Tensor | None) -> Tensor:
     """The same at once."""
     parts = blocks._fitting_parts(block, z)  # the looking is part of the price
     assert parts is not None
-    weights = blocks._weights(parts, z, shortcut is not None)
+    weights = blocks._weights(parts, z, shortcut is not None, blocks._pooled(parts, u))
     tail = blocks.graph_tail if torch.compiler.is_compiling() else blocks.fused_tail
     return tail(z, shortcut, weights, type(parts.act) is nn.ReLU)
 

@@ -169,12 +169,12 @@ def _starts_as_identity(block: Any, parts: Parts) -> bool:
 
 def _fused_forward(block: Any, parts: Parts, x: Tensor) -> Tensor:
     u, shortcut = block._halves.head(block, x)
-    pooled = None if parts.norm.of_batch or torch.is_grad_enabled() else pooled_before(parts.conv, u)
+    pooled = _pooled(parts, u)
     z = parts.conv(u)
     adds = getattr(block, "has_skip", True)
     if not map_fits(z, parts.norm.of_batch) or (adds and parts.downsample is None and not _alike(z, shortcut)):
         return block._halves.tail(block, z, shortcut)
-    weights = _weights(parts, z, adds)._replace(pooled=pooled)
+    weights = _weights(parts, z, adds, pooled)
     if parts.downsample is not None:
         shortcut, norm = _downsampled(parts, shortcut)
         shortcut, weights = shortcut.to(z.dtype), weights._replace(shortcut_norm=norm)
@@ -198,7 +198,12 @@ def _downsampled(parts: Parts, x: Tensor) -> tuple[Tensor, Norm | None]:
     return x, norm.given()
 
 
-def _weights(parts: Parts, z: Tensor, adds: bool) -> TailWeights:
+def _pooled(parts: Parts, u: Tensor) -> Tensor | None:
+    """Return the mean of the map that the last convolution is about to make, where it is known by then."""
+    return None if torch.is_grad_enabled() or parts.norm.of_batch else pooled_before(parts.conv, u)
+
+
+def _weights(parts: Parts, z: Tensor, adds: bool, pooled: Tensor | None) -> TailWeights:
     norm = parts.norm
     weight, bias, mean, var, eps = norm.given()
     of_batch = norm.of_batch
@@ -206,7 +211,8 @@ def _weights(parts: Parts, z: Tensor, adds: bool) -> TailWeights:
     if adds and parts.drop_path is not None and parts.drop_path.training:
         drop = parts.drop_path(z.new_ones((len(z), 1, 1, 1))).flatten(1)  # the same draw as over the map
     moments, running = (None, _running(norm.module)) if of_batch else (Moments(mean, var), None)
-    return TailWeights(parts.kernel["weight"], parts.attn._modules["gate"], weight, bias, moments, running, drop, eps)
+    kernel, gate = parts.kernel["weight"], parts.attn._modules["gate"]
+    return TailWeights(kernel, gate, weight, bias, moments, running, drop, eps, pooled=pooled)
 
 
 def _running(norm: Any) -> Running | None:
