@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_eca.fused import native, passes
-from timm_eca.fused.formula import Moments, Norm, Running, TailWeights
+from timm_eca.fused.formula import Moments, Norm, Running, TailWeights, gains_of_map
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="the compiled passes are not built here")
 
@@ -190,3 +190,55 @@ class TestShortcutsNorm:
             given = weights._replace(shortcut_norm=own, running=None)
             with torch.no_grad():
                 compare([engine.forward(z.clone(), shortcut, given, relu, inplace)[0]], [exact], dtype)
+
+
+class TestVectors:
+    """What a compiled graph calls: the vectors alone, its loops do the rest."""
+
+    @DTYPES
+    @OF_BATCH
+    @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+    @pytest.mark.parametrize("shape", [(3, 9, 5, 7), (1, 130, 73, 71), (5, 70, 12, 9)], ids=str)
+    def test_gains(self, threads, shape, layout, of_batch, dtype):
+        z = maps_of(shape, dtype, layout, aligned=False)[0]
+        weights = weights_of(shape, dtype, of_batch, 3)
+        found, expected = native.gains(z, weights), gains_of_map(z.double(), doubled(weights))
+        compare([found[0], *found[1], *found[2:]], [expected[0], *expected[1], *expected[2:]], dtype)
+
+    @DTYPES
+    @OF_BATCH
+    @pytest.mark.parametrize("shape", [(3, 9, 5, 7), (1, 130, 73, 71)], ids=str)
+    def test_gains_backward(self, threads, shape, of_batch, dtype):
+        """The whole backward pass, of which they are a part, has its own oracle."""
+        z, _, grad = maps_of(shape, dtype, NCHW, aligned=True)
+        pooled, moments, scale, _ = native.gains(z, weights_of(shape, dtype, of_batch, 3))
+        weights = weights_of(shape, dtype, of_batch, 3)._replace(moments=moments)
+        dz, _, *expected = native.backward(grad, None, z, pooled, weights, [True] * 5 + [of_batch])
+        total, dots = grad.sum((2, 3)), (grad * (z - pooled[..., None, None])).sum((2, 3))
+        area = z[0, 0].numel()
+        shift, slope, *found = native.gains_backward(dots, total, pooled, weights, area, of_batch)
+        rest = shift[..., None, None] + slope[:, None, None] * (z - moments.mean[:, None, None])
+        compare([grad * scale[..., None, None] + rest, *found], [t.double() for t in (dz, *expected)], dtype)
+
+    def test_given_are_not_written(self):
+        weights = weights_of((2, 4, 3, 3), torch.float64, False, 3)
+        dots, total, pooled = torch.randn(3, 2, 4, dtype=torch.float64).unbind()
+        before = [t.clone() for t in (dots, total, pooled)]
+        native.gains_backward(dots, total, pooled, weights, 9, of_batch=False)
+        assert all(torch.equal(t, b) for t, b in zip((dots, total, pooled), before))
+
+
+class TestPooledBefore:
+    @DTYPES
+    @pytest.mark.parametrize("inplace", [True, False], ids=["in place", "new"])
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_map_is_not_pooled(self, threads, batch, inplace, dtype):
+        shape = (batch, 6, 41, 37)
+        z, shortcut, _ = maps_of(shape, dtype, NHWC, aligned=True)
+        given = torch.linspace(-1, 1, 6 * batch).view(batch, 6).to(dtype)
+        weights = weights_of(shape, dtype, False, 3)._replace(pooled=given)
+        exact = doubled(weights)._replace(pooled=given.double())
+        expected, *_ = passes.forward(z.double(), shortcut.double(), exact, True, inplace=False)
+        found, pooled, _ = native.forward(z, shortcut, weights, True, inplace)
+        compare([found], [expected], dtype)
+        assert pooled is given

@@ -399,8 +399,7 @@ void apply(const T* z, const Other<T>& other, T* out, const T* centre, const T* 
 
 enum class Read : Index { kNothing, kPool, kMoments };
 
-// What is read of z; else its pool is given, and its moments. Without out the result is what would make it: scale and
-// offset, else null.
+// What is read of z is not given. Without out the result is what would make it: scale and offset, else null.
 template <typename T>
 void forward(const Shape& d, const T* z, const Other<T>& other, T* out, const Weights<T>& w, T* mean, T* var,
              T* pooled, T* scale, T* offset, Read reading, bool relu) {
@@ -467,8 +466,8 @@ void gate_grads(const Weights<T>& w, const T* norm, const T* pooled, Index chann
   }
 }
 
-// Without grad its dots and total are given, and the result is what would make dz: shift, which has been total, scale and
-// slope, else null.
+// Without grad its dots and total are given, and the result is what would make dz: scale, slope, and shift in place of
+// total. With it these are null.
 template <typename T>
 void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* dz, const Weights<T>& w,
               const T* pooled, T* dgamma, T* dbeta, T* dkernel, T* dot, T* total, T* scale, T* slope, bool of_batch) {
