@@ -120,8 +120,8 @@ class TestNarrowMaps:
         check((batch, channels, 73, 71), torch.float64, NHWC, of_batch)
 
 
-class TestRollingChannels:
-    """NCHW with given moments: a channel is written once its neighbours are pooled, many rows or one at a time."""
+class TestLongRows:
+    """NCHW: a row is added up in several sums, and what is left of it by itself."""
 
     @DTYPES
     @pytest.mark.parametrize("kernel_size", [1, 3, 5, 9, 17, 23])

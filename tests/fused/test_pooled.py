@@ -7,12 +7,18 @@ from torch import nn
 
 from fused_models import pixels
 from timm_eca import fuse_
-from timm_eca.fused import blocks
+from timm_eca.fused import blocks, pooled
 from timm_eca.fused.pooled import pooled_before
 from timm_eca.layers import EcaLayer
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 U = torch.randn(3, 4, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    """Take small maps for large ones."""
+    monkeypatch.setattr(pooled, "_LARGE", 0)
 
 
 @pytest.fixture
@@ -65,9 +71,12 @@ class TestMean:
     def test_left_to_the_map(self, conv):
         assert pooled_before(conv if conv.out_channels == 64 else conv.double(), U) is None
 
-    def test_left_to_the_map_where_that_is_small(self):
+    def test_left_to_the_map_where_that_is_small(self, monkeypatch):
         conv = nn.Conv2d(4, 16, 1).double()
-        assert pooled_before(conv, U[..., :3, :3]) is None
+        assert pooled_before(conv, U[..., :3, :3]) is None  # the weights are as large
+        monkeypatch.setattr(pooled, "_LARGE", 16 * 16 * 16 * len(U))
+        assert pooled_before(conv, U) is not None
+        assert pooled_before(conv, U[1:]) is None
 
     def test_left_to_the_map_where_it_is_rounded(self):
         assert pooled_before(nn.Conv2d(4, 16, 1).bfloat16(), U.bfloat16()) is None
@@ -87,7 +96,7 @@ class TestBlocks:
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
     def test_compiled(self, layout, backend):
-        plain, x = block(), pixels(2, 66).contiguous(memory_format=layout)  # large enough for a call of a kernel
+        plain, x = block(), pixels(2, 92).contiguous(memory_format=layout)  # large enough for a call of a kernel
         torch.compiler.reset()
         with torch.inference_mode():
             compiled = torch.compile(fuse_(nn.Sequential(block())), fullgraph=True, backend=backend)
@@ -98,7 +107,7 @@ class TestBlocks:
         torch.compiler.reset()
         with torch.inference_mode():
             compiled = torch.compile(fuse_(nn.Sequential(block())), fullgraph=True, dynamic=True)
-            for size in (66, 16, 5, 68):
+            for size in (92, 16, 5, 96):
                 x = pixels(2, size)
                 torch.testing.assert_close(compiled(x), plain(x), rtol=1e-12, atol=1e-12)
 

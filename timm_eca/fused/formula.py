@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-_WORTH_A_CALL = 65536  # elements of a sample that a compiled graph calls a kernel for
+_WORTH_A_CALL = 1 << 17  # elements of a sample that a compiled graph calls a kernel for
 
 
 class Moments(NamedTuple):

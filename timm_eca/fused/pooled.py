@@ -11,6 +11,8 @@ from .formula import map_mean
 
 __all__ = ["pooled_before"]
 
+_LARGE = 1 << 20  # elements of z; less is read in the time of a call
+
 
 def pooled_before(conv: nn.Conv2d, u: Tensor) -> Tensor | None:
     """Return the mean (B, C) of z = conv(u) over the map, None where it is better read from z.
@@ -20,6 +22,8 @@ def pooled_before(conv: nn.Conv2d, u: Tensor) -> Tensor | None:
         u: What it gets (B, D, H, W).
     """
     channels, made, area = conv.in_channels, conv.out_channels, u.shape[2] * u.shape[3]
+    if len(u) * made * area < _LARGE:
+        return None
     # Reading u, and W once a sample, has to be less than half of reading z.
     if 2 * channels * (area + made) > made * area or not (_is_matrix(conv) and _is_exact(conv, u)):
         return None
