@@ -8,17 +8,20 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["alternate", "environment", "ratios", "summary", "timed"]
+__all__ = ["alternate", "environment", "ratios", "summary", "timed", "timed_on_gpu"]
 
 
-def alternate(functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+def alternate(
+    functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2, device: str = "cpu"
+) -> dict[str, list[float]]:
     """Return seconds of each function, one figure a round; every round runs all, each in turn first."""
+    time_of = timed_on_gpu if device == "cuda" else timed
     names = list(functions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(warm_up + rounds):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
-            taken = timed(functions[name])
+            taken = time_of(functions[name])
             if index >= warm_up:
                 seconds[name].append(taken)
     return seconds
@@ -36,14 +39,27 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def timed_on_gpu(function: Callable[[], object]) -> float:
+    """Return the seconds that the GPU takes over a call, from what it starts to what it ends with."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def summary(values: list[float]) -> dict[str, float]:
     """Return the median, its quartiles and the number of values."""
     low, median, high = statistics.quantiles(values, n=4)
     return {"median": median, "quartile_low": low, "quartile_high": high, "rounds": len(values)}
 
 
-def environment() -> dict[str, Any]:
-    """Return versions, machine, threads and date."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Return versions, machine, threads and date; on a GPU its name too."""
     import timm
     import torch
 
@@ -59,4 +75,5 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "compiled_passes": native.loaded(),
+        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
     }

@@ -2,7 +2,8 @@
 
 Every cell runs its systems alternately in one process, each in turn first, and reports the plain one's time over each
 one's, round by round: the median with its quartiles, above 1 is faster than plain. A cell that is done is kept in the
-results file and not run again, so a run can be stopped and gone on with; --again measures anew.
+results file and not run again, so a run can be stopped and gone on with; --again measures anew. On a GPU calls are
+timed by events on its stream. The tails' cells also tell what they achieve of the bandwidth that a copy has.
 """
 
 import argparse
@@ -33,12 +34,16 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--size", type=int, default=224, help="pixels of each side (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=None, help="networks: 30; tails: 200")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--again", action="store_true", help="measure cells anew that are in the file")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (default: results/speed.json or tail.json)")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here; cpu is what can be measured.")
     torch.set_num_threads(args.threads)
-    out = args.out or RESULTS / ("tail.json" if args.tail else "speed.json")
+    suffix = "" if args.device == "cpu" else f"_{args.device}"
+    out = args.out or RESULTS / f"{'tail' if args.tail else 'speed'}{suffix}.json"
     batches = args.batches or ([8] if args.tail else [1, 8, 32])
     rounds = args.rounds or (200 if args.tail else 30)
     cells = json.loads(out.read_text())["cells"] if out.exists() else {}
@@ -48,21 +53,23 @@ def main() -> None:
         if args.again or name not in cells:
             measure = tail_cells if args.tail else network
             model, mode, batch, layout, engine = cell
-            figures = measure(model, mode, batch, LAYOUTS[layout], engine == "compiled", args.size, rounds)
-            cells[name] = {**figures, "environment": environment()}
+            compiled = engine == "compiled"
+            figures = measure(model, mode, batch, LAYOUTS[layout], compiled, args.size, rounds, args.device)
+            cells[name] = {**figures, "environment": environment(args.device)}
             out.write_text(json.dumps({"cells": cells}, indent=2) + "\n")
     print(markdown(cells))
 
 
 def network(
-    backbone: str, mode: str, batch: int, layout: Any, compiled: bool, size: int, rounds: int
+    backbone: str, mode: str, batch: int, layout: Any, compiled: bool, size: int, rounds: int, device: str
 ) -> dict[str, Any]:
     """Return the plain backbone's seconds and each system's ratio to it."""
     torch.compiler.reset()  # of what was compiled for other cells
-    x = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
+    x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
     systems = [s for s in SYSTEMS if s != "eca, plain path"]
-    steps = {s: step_of(create(backbone, s).to(memory_format=layout), x, mode, compiled) for s in systems}
-    seconds = alternate(steps, rounds, warm_up=3)
+    models = {s: create(backbone, s).to(device).to(memory_format=layout) for s in systems}
+    steps = {s: step_of(model, x, mode, compiled) for s, model in models.items()}
+    seconds = alternate(steps, rounds, warm_up=3, device=device)
     return {"plain_seconds": sorted(seconds["plain"])[rounds // 2], "ratio": ratios(seconds, "plain")}
 
 
@@ -83,12 +90,16 @@ def step_of(model: nn.Module, x: torch.Tensor, mode: str, compiled: bool) -> Cal
 
 
 def markdown(cells: dict[str, Any]) -> str:
-    """Return one line a cell: the ratios, with their quartiles."""
+    """Return one line a cell: the ratios, with their quartiles, and of tails the bandwidth beside a copy's."""
     systems = list(dict.fromkeys(s for figures in cells.values() for s in figures["ratio"] if s != "plain"))
-    lines = ["| cell | plain, ms | " + " | ".join(systems) + " |", "|---|---:" + "|---:" * len(systems) + "|"]
+    of_copy = any("bandwidth" in figures for figures in cells.values())
+    columns = ["cell", "plain, ms", *systems, *(["eca of copy, GB/s"] if of_copy else [])]
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for name, figures in cells.items():
         shown = [figures["ratio"].get(s) for s in systems]
         texts = [f"{r['median']:.3f} ({r['quartile_low']:.3f}-{r['quartile_high']:.3f})" if r else "" for r in shown]
+        if of_copy:
+            texts.append("{eca:.1f} of {copy:.1f}".format_map(figures["bandwidth"]) if "bandwidth" in figures else "")
         lines.append(f"| {name} | {figures['plain_seconds'] * 1e3:.2f} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

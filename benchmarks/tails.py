@@ -1,6 +1,8 @@
 """The tails of a network's residual blocks alone: norm, attention, addition and ReLU at the shapes the network has."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,25 +16,43 @@ __all__ = ["tail_cells"]
 
 
 def tail_cells(
-    backbone: str, mode: str, batch: int, layout: Any, compiled: bool, size: int, rounds: int
+    backbone: str, mode: str, batch: int, layout: Any, compiled: bool, size: int, rounds: int, device: str
 ) -> dict[str, Any]:
-    """Return the plain tails' seconds and the ratios to them, each a sum over all blocks of the network."""
-    seconds: dict[str, list[float]] = {
-        "plain": [0.0] * rounds,
-        "eca": [0.0] * rounds,
-        "eca, plain path": [0.0] * rounds,
-    }
+    """Return the plain tails' seconds, the ratios to them, and what the fused ones achieve of a copy's bandwidth.
+
+    Each is of a sum over all blocks of the network; bandwidths are in GB/s, by the medians.
+    """
+    seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in (*TAILS, "copy")}
+    moved = {"eca": 0, "copy": 0}  # bytes
     for block, shapes, count in distinct_tails(backbone, batch, size):
         torch.compiler.reset()  # of what was compiled for other shapes
-        calls = {name: step_of(tail, block, shapes, mode, layout, compiled) for name, tail in TAILS.items()}
+        block.to(device)
+        maps_of = partial(random_maps, shapes, device, layout)
+        calls = {name: step_of(tail, block, maps_of(), mode, compiled) for name, tail in TAILS.items()}
+        _, source, target = maps_of()
+        calls["copy"] = partial(target.copy_, source)
         for call in calls.values():
             call()
         # A compiled network checks the guards of all its blocks once, before it starts; here they would run each time.
         with torch.compiler.set_stance("default", skip_guard_eval_unsafe=compiled):
-            taken = alternate(calls, rounds, warm_up=5)
+            taken = alternate(calls, rounds, warm_up=5, device=device)
         for name, own in taken.items():
             seconds[name] = [total + count * s for total, s in zip(seconds[name], own)]
-    return {"plain_seconds": sorted(seconds["plain"])[rounds // 2], "ratio": ratios(seconds, "plain")}
+        moved["eca"] += count * passes_over_maps(block, mode) * source.nbytes
+        moved["copy"] += count * 2 * source.nbytes
+    bandwidth = {name: amount / median(seconds[name]) / 1e9 for name, amount in moved.items()}
+    ratio = ratios({name: seconds[name] for name in TAILS}, "plain")
+    return {"plain_seconds": median(seconds["plain"]), "ratio": ratio, "bandwidth": bandwidth}
+
+
+def passes_over_maps(block: Any, mode: str) -> int:
+    """Return how many maps of z's size are read or written by a tail that goes through z twice.
+
+    Forward z, z, the shortcut and the output; backward the gradient, z, the output and the gradient below the ReLU,
+    and then that, z and z's gradient.
+    """
+    adds, relu = getattr(block, "has_skip", True), block._rule.act is not None
+    return (3 + adds) + (5 + 2 * relu if mode == "training" else 0)
 
 
 def distinct_tails(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, list[torch.Size], int]]:
@@ -54,14 +74,20 @@ def distinct_tails(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, 
         yield found[kinds.index(kind)], [torch.Size([batch, *shape[1:]]) for shape in kind[:2]], kinds.count(kind)
 
 
+def random_maps(shapes: list[torch.Size], device: str, layout: Any) -> list[Tensor]:
+    """Return u, z and the shortcut."""
+    return [torch.randn(shape, device=device).contiguous(memory_format=layout) for shape in (*shapes, shapes[1])]
+
+
 def step_of(
-    tail: Callable[..., Tensor], block: Any, shapes: list[torch.Size], mode: str, layout: Any, compiled: bool
+    tail: Callable[..., Tensor], block: Any, maps: list[Tensor], mode: str, compiled: bool
 ) -> Callable[[], object]:
-    """Return one call of a tail, with its backward pass in training."""
+    """Return one call of a tail, with its backward pass in training; the maps are u, z and the shortcut."""
     training = mode == "training"
     block.train(training)
     adds = getattr(block, "has_skip", True)
-    u, z, shortcut, grad = (torch.randn(shape).contiguous(memory_format=layout) for shape in (*shapes, *shapes[1:] * 2))
+    u, z, shortcut = maps
+    grad = torch.randn_like(z)
     call: Any = torch.compile(tail if training else in_place(tail), fullgraph=True) if compiled else tail
 
     def infer() -> None:

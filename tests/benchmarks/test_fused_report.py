@@ -1,6 +1,10 @@
 import json
+import re
 import runpy
 import sys
+
+import pytest
+import torch
 
 
 def test_docs_are_made_from_the_results(repository, monkeypatch):
@@ -28,7 +32,28 @@ def test_a_cell_of_speed(repository, tmp_path, monkeypatch, capsys):
     cells = json.loads(out.read_text())["cells"]
     assert list(cells) == ["resnet18 training 2 nchw eager 32", "resnet18 training 2 nchw eager"]
     assert all(figures["ratio"]["plain"]["median"] == 1 for figures in cells.values())
-    assert "| resnet18 training 2 nchw eager |" in capsys.readouterr().out
+    assert cells["resnet18 training 2 nchw eager"]["bandwidth"].keys() == {"eca", "copy"}
+    shown = capsys.readouterr().out
+    assert "| resnet18 training 2 nchw eager |" in shown
+    assert re.search(r"\| \d+\.\d of \d+\.\d \|$", shown, re.MULTILINE)
+
+
+def test_maps_that_a_tail_moves(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    tails = runpy.run_path(str(repository / "benchmarks" / "tails.py"))
+    for name, inference, training in (("resnet18", {4}, {11}), ("mobilenetv2_100", {3, 4}, {8, 9})):
+        found = [block for block, *_ in tails["distinct_tails"](name, 1, 32)]
+        assert {tails["passes_over_maps"](block, "inference") for block in found} == inference
+        assert {tails["passes_over_maps"](block, "training") for block in found} == training
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_to_measure_on(repository, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(repository / "benchmarks" / "speed.py"), run_name="__main__")
+    assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
 
 
 def test_growth(repository, tmp_path, monkeypatch):
