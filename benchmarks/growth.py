@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from measure import alternate, environment, ratios
 from memory import saved_bytes
-from speed import RESULTS, step_of
+from networks import step_of
+from speed import RESULTS
 from systems import create
 from tqdm import tqdm
 

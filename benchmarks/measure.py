@@ -6,9 +6,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["alternate", "environment", "ratios", "summary", "timed", "timed_on_gpu"]
+__all__ = ["Timed", "alternate", "environment", "ratios", "summary", "timed", "timed_on_gpu"]
+
+
+class Timed(NamedTuple):
+    """Seconds of each system, one figure a round, and of some the bytes that a round moves."""
+
+    seconds: dict[str, list[float]]
+    moved: dict[str, int] | None = None
 
 
 def alternate(

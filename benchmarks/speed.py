@@ -2,22 +2,25 @@
 
 Every cell runs its systems alternately in one process, each in turn first, and reports the plain one's time over each
 one's, round by round: the median with its quartiles, above 1 is faster than plain. A cell that is done is kept in the
-results file and not run again, so a run can be stopped and gone on with; --again measures anew. On a GPU calls are
-timed by events on its stream. The tails' cells also tell what they achieve of the bandwidth that a copy has.
+results file and not run again, so a run can be stopped and gone on with; --again measures anew. One process finds a
+system a few percent faster or slower than the next, by where its memory lies: --processes takes the rounds of several.
+On a GPU calls are timed by events on its stream. The tails' cells also tell what they achieve of a copy's bandwidth.
 """
 
 import argparse
-import itertools
 import json
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, product
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from measure import alternate, environment, ratios
-from systems import SYSTEMS, create
-from tails import tail_cells
-from torch import nn
+from measure import Timed, environment, ratios
+from networks import time_networks
+from tails import time_tails
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +37,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--size", type=int, default=224, help="pixels of each side (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=None, help="networks: 30; tails: 200")
+    parser.add_argument("--processes", type=int, default=1, help="times as many rounds (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--again", action="store_true", help="measure cells anew that are in the file")
@@ -47,46 +51,38 @@ def main() -> None:
     batches = args.batches or ([8] if args.tail else [1, 8, 32])
     rounds = args.rounds or (200 if args.tail else 30)
     cells = json.loads(out.read_text())["cells"] if out.exists() else {}
-    grid = list(itertools.product(args.models, args.modes, batches, args.layouts, args.engines))
+    grid = list(product(args.models, args.modes, batches, args.layouts, args.engines))
     for cell in tqdm(grid, desc="cells"):
         name = " ".join(map(str, cell)) + ("" if args.tail else f" {args.size}")
         if args.again or name not in cells:
-            measure = tail_cells if args.tail else network
             model, mode, batch, layout, engine = cell
-            compiled = engine == "compiled"
-            figures = measure(model, mode, batch, LAYOUTS[layout], compiled, args.size, rounds, args.device)
-            cells[name] = {**figures, "environment": environment(args.device)}
+            what = (model, mode, batch, LAYOUTS[layout], engine == "compiled", args.size, rounds, args.device)
+            runs = timed_in(args.processes, time_tails if args.tail else time_networks, *what)
+            cells[name] = {**figures_of(runs), "environment": environment(args.device)}
             out.write_text(json.dumps({"cells": cells}, indent=2) + "\n")
     print(markdown(cells))
 
 
-def network(
-    backbone: str, mode: str, batch: int, layout: Any, compiled: bool, size: int, rounds: int, device: str
-) -> dict[str, Any]:
-    """Return the plain backbone's seconds and each system's ratio to it."""
-    torch.compiler.reset()  # of what was compiled for other cells
-    x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
-    systems = [s for s in SYSTEMS if s != "eca, plain path"]
-    models = {s: create(backbone, s).to(device).to(memory_format=layout) for s in systems}
-    steps = {s: step_of(model, x, mode, compiled) for s, model in models.items()}
-    seconds = alternate(steps, rounds, warm_up=3, device=device)
-    return {"plain_seconds": sorted(seconds["plain"])[rounds // 2], "ratio": ratios(seconds, "plain")}
+def timed_in(processes: int, time: Callable[..., Timed], *args: Any) -> list[Timed]:
+    """Return what a function measures in fresh processes, one after the other, or, of one, in this."""
+    if processes == 1:
+        return [time(*args)]
+    start = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads}
+    found = []
+    for _ in range(processes):
+        with ProcessPoolExecutor(1, **start, initargs=(torch.get_num_threads(),)) as pool:
+            found.append(pool.submit(time, *args).result())
+    return found
 
 
-def step_of(model: nn.Module, x: torch.Tensor, mode: str, compiled: bool) -> Callable[[], object]:
-    """Return one inference, or one forward and backward pass."""
-    model.train(mode == "training")
-    call: Any = torch.compile(model, fullgraph=True) if compiled else model
-
-    def infer() -> None:
-        with torch.inference_mode():
-            call(x)
-
-    def train() -> None:
-        model.zero_grad()
-        call(x).sum().backward()
-
-    return train if mode == "training" else infer
+def figures_of(runs: list[Timed]) -> dict[str, Any]:
+    """Return the plain system's seconds, the ratios to it, and what tails achieve of a copy's bandwidth, in GB/s."""
+    seconds = {name: list(chain.from_iterable(run.seconds[name] for run in runs)) for name in runs[0].seconds}
+    figures: dict[str, Any] = {"plain_seconds": median(seconds["plain"])}
+    figures["ratio"] = ratios({name: own for name, own in seconds.items() if name != "copy"}, "plain")
+    if moved := runs[0].moved:
+        figures["bandwidth"] = {name: amount / median(seconds[name]) / 1e9 for name, amount in moved.items()}
+    return {**figures, "processes": len(runs)}
 
 
 def markdown(cells: dict[str, Any]) -> str:

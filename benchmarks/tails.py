@@ -2,26 +2,22 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
-from measure import alternate, ratios
+from measure import Timed, alternate
 from systems import create
 from torch import Tensor, nn
 
 from timm_eca.fused import blocks
 
-__all__ = ["tail_cells"]
+__all__ = ["time_tails"]
 
 
-def tail_cells(
+def time_tails(
     backbone: str, mode: str, batch: int, layout: Any, compiled: bool, size: int, rounds: int, device: str
-) -> dict[str, Any]:
-    """Return the plain tails' seconds, the ratios to them, and what the fused ones achieve of a copy's bandwidth.
-
-    Each is of a sum over all blocks of the network; bandwidths are in GB/s, by the medians.
-    """
+) -> Timed:
+    """Return what the rounds of each kind of tail took, and of copies of its map, summed over all blocks."""
     seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in (*TAILS, "copy")}
     moved = {"eca": 0, "copy": 0}  # bytes
     for block, shapes, count in distinct_tails(backbone, batch, size):
@@ -40,9 +36,7 @@ def tail_cells(
             seconds[name] = [total + count * s for total, s in zip(seconds[name], own)]
         moved["eca"] += count * passes_over_maps(block, mode) * source.nbytes
         moved["copy"] += count * 2 * source.nbytes
-    bandwidth = {name: amount / median(seconds[name]) / 1e9 for name, amount in moved.items()}
-    ratio = ratios({name: seconds[name] for name in TAILS}, "plain")
-    return {"plain_seconds": median(seconds["plain"]), "ratio": ratio, "bandwidth": bandwidth}
+    return Timed(seconds, moved)
 
 
 def passes_over_maps(block: Any, mode: str) -> int:
