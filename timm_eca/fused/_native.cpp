@@ -1,7 +1,8 @@
 // The passes of a fused tail for CPUs: one read of a map for its statistics, one for the result, vectors in between.
 //
-// formula.py has the formula and the names. Maps are (B, C, N), or (B, N, C) where `nhwc` is set, N being H * W; vectors
-// are (B, C) or (C). No Python and no PyTorch header is needed: pointers and sizes come by ctypes from native.py.
+// formula.py has the formula and the names, _maps.h the loops over one sample. Maps are (B, C, N), or (B, N, C) where
+// `nhwc` is set, N being H * W; vectors are (B, C) or (C). No Python and no PyTorch header is needed: pointers and
+// sizes come by ctypes from native.py.
 
 #include <algorithm>
 #include <cmath>
@@ -10,22 +11,13 @@
 #include <memory>
 #include <vector>
 
+#include "_maps.h"
+
 namespace {
 
-using Index = std::int64_t;
-
-struct Shape {
-  Index batch, channels, area;
-  Index nhwc, threads;
-};
-
-constexpr Index kChannelBlock = 64;    // channels of an NHWC map that one thread sums at a time
-constexpr Index kPixels = 64;          // rows of such a map that are summed before the sums are
-constexpr Index kWide = 256;           // elements of such a row, at most, where it is several pixels
-constexpr Index kRowsAtOnce = 4;       // rows of such a map that are added at once where they are several pixels
-constexpr Index kLanes = 32;           // sums that one row of an NCHW map is added up in
-constexpr Index kLong = 256;           // elements of a row for which that pays
-constexpr Index kWorthAThread = 32768; // elements, PyTorch's own grain
+constexpr Index kChannelBlock = 64;     // channels of an NHWC map that one thread sums at a time
+constexpr Index kWorthAThread = 32768;  // elements, PyTorch's own grain
+constexpr Index kCached = 1 << 20;      // elements of a sample that the caches still hold when its turn comes
 
 Index threads_for(const Shape& d) {
   Index most = d.batch * d.channels * d.area / kWorthAThread + 1;
@@ -60,219 +52,6 @@ template <> struct Exp<double> {
 };
 
 template <typename T> T sigmoid(T x) { return T(1) / (T(1) + Exp<T>::of(-x)); }
-
-// ---- maps ----
-
-// What a row of an NCHW map has in place of a vector: one value.
-template <typename T> struct Everywhere {
-  T value;
-  T operator[](Index) const { return value; }
-};
-
-// A range of channels of an NHWC map as rows. Where a pixel has few channels a row is several pixels, and the last one
-// may be shorter: inner loops of a few vectors cost more than what they compute.
-struct Grid {
-  Index channels, repeat, rows, stride, width, rest;
-
-  Grid(const Shape& d, Index c0, Index c1) : channels(c1 - c0), repeat(1) {
-    if (channels == d.channels && 2 * channels <= kWide) repeat = std::min(kWide / channels, d.area);
-    rows = d.area / repeat;
-    stride = repeat * d.channels;
-    width = repeat * channels;
-    rest = d.area % repeat * channels;
-  }
-
-  Index width_of(Index row) const { return row < rows ? width : rest; }
-};
-
-// A vector of the channels, once for each pixel of a row.
-template <typename T> struct Repeated {
-  T copies[kWide];
-  const T* data;
-
-  Repeated(const T* vector, const Grid& grid) : data(vector) {
-    if (grid.repeat == 1) return;
-    for (Index r = 0; r < grid.repeat; ++r) std::copy_n(vector, grid.channels, copies + r * grid.channels);
-    data = copies;
-  }
-};
-
-template <typename F> void write_row(Index from, Index n, F write) {
-#pragma omp simd
-  for (Index c = 0; c < n; ++c) write(from + c, c);
-}
-
-template <typename F> void write_rows(const Grid& grid, Index from, F write) {
-  for (Index i = 0; i <= grid.rows; ++i) write_row(from + i * grid.stride, grid.width_of(i), write);
-}
-
-// Calls write(at, c) for every element of some channels. make(vectors...) returns it, given what has the vectors at c.
-template <typename T, typename F, typename... V>
-void for_elements(const Shape& d, Index c0, Index c1, F make, const V*... vectors) {
-  if (d.nhwc) {
-    Grid grid(d, c0, c1);
-    write_rows(grid, c0, make(Repeated<T>(vectors + c0, grid).data...));
-  } else {
-    for (Index c = c0; c < c1; ++c) write_row(c * d.area, d.area, make(Everywhere<T>{vectors[c]}...));
-  }
-}
-
-// Adds terms of a long row, as many as fit, and returns how many. One sum of a kind would wait for itself from term to
-// term; here several are added in turn.
-template <typename T, typename F> Index sum_lanes(Index from, Index n, F add, T* first, T* second) {
-  T f[kLanes] = {}, s[kLanes] = {};
-  Index i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-#pragma omp simd
-    for (Index l = 0; l < kLanes; ++l) add(from + i + l, l, f[l], s[l]);
-  for (Index half = kLanes / 2; half; half /= 2)
-    for (Index l = 0; l < half; ++l) f[l] += f[l + half], s[l] += s[l + half];
-  *first = f[0];
-  *second = s[0];
-  return i;
-}
-
-// Two sums over a row.
-template <typename T, typename F> void sum_row(Index from, Index n, F add, T* first, T* second) {
-  T f = 0, s = 0;
-  Index done = n < kLong ? 0 : sum_lanes(from, n, add, &f, &s);
-#pragma omp simd reduction(+ : f, s)
-  for (Index i = done; i < n; ++i) add(from + i, 0, f, s);
-  *first = f;
-  if (second) *second = s;
-}
-
-// Adds the sums of a row's elements to their channels'.
-template <typename T> void fold(const Grid& grid, const T* parts, T* sums) {
-  for (Index from = 0; from < grid.width; from += grid.channels)
-    for (Index c = 0; c < grid.channels; ++c) sums[c] += parts[from + c];
-}
-
-// Adds terms of some rows, from the element at on, to the sums of each column: these are read and written once.
-template <Index kRows, bool kTwo, typename T, typename F>
-void add_rows(Index at, Index stride, Index width, F add, T* f, T* s) {
-#pragma omp simd
-  for (Index c = 0; c < width; ++c) {
-    T first = f[c], second = kTwo ? s[c] : T(0);
-    for (Index r = 0; r < kRows; ++r) add(at + r * stride + c, c, first, second);
-    f[c] = first;
-    if (kTwo) s[c] = second;
-  }
-}
-
-// One or two sums over the pixels, for each channel. They are kept for a few rows at a time, so that small terms are
-// not lost in large sums.
-template <Index kRows, bool kTwo, typename T, typename F>
-void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
-  std::vector<T> parts(2 * grid.width);
-  T *f = parts.data(), *s = f + grid.width;
-  std::fill_n(first, grid.channels, T(0));
-  if (kTwo) std::fill_n(second, grid.channels, T(0));
-  Index many = grid.repeat > 1 ? grid.rows : 0;  // rows of wide maps are read faster one after the other
-  for (Index i = 0; i <= grid.rows;) {
-    std::fill(parts.begin(), parts.end(), T(0));
-    Index end = i + kPixels;
-    for (; i + kRows <= std::min(end, many); i += kRows)
-      add_rows<kRows, kTwo>(from + i * grid.stride, grid.stride, grid.width, add, f, s);
-    for (; i < end && i <= grid.rows; ++i) add_rows<1, kTwo>(from + i * grid.stride, 0, grid.width_of(i), add, f, s);
-    fold(grid, f, first);
-    if (kTwo) fold(grid, s, second);
-  }
-}
-
-// One or two sums of some channels' elements: add(at, c, first, second) adds an element's terms. make(vector) returns
-// it. kRows is how many rows of a narrow NHWC map are added at once.
-template <Index kRows, bool kTwo, typename T, typename F>
-void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T* first, T* second) {
-  if (d.nhwc) {
-    Grid grid(d, c0, c1);
-    Repeated<T> repeated(vector + c0, grid);
-    sum_pixels<kRows, kTwo>(grid, c0, make(repeated.data), first + c0, second + c0);
-  } else {
-    for (Index c = c0; c < c1; ++c)
-      sum_row(c * d.area, d.area, make(Everywhere<T>{vector[c]}), first + c, kTwo ? second + c : nullptr);
-  }
-}
-
-// ---- passes over some channels of a sample ----
-
-template <typename T> void pool(const T* z, const Shape& d, Index c0, Index c1, T* mean) {
-  auto make = [=](auto) { return [=](Index at, Index, T& sum, T&) { sum += z[at]; }; };
-  sum_elements<kRowsAtOnce, false>(d, c0, c1, make, z, mean, mean);  // no vector is needed, and one sum
-  for (Index c = c0; c < c1; ++c) mean[c] /= T(d.area);
-}
-
-// Mean of a row, and sum of squared deviations from it: squares of large means would cancel.
-template <typename T> void row_moments(const T* z, Index n, T* mean, T* square) {
-  sum_row<T>(0, n, [=](Index at, Index, T& sum, T&) { sum += z[at]; }, mean, nullptr);
-  T m = *mean /= T(n);
-  auto add = [=](Index at, Index, T& squares, T&) { squares += (z[at] - m) * (z[at] - m); };
-  sum_row<T>(0, n, add, square, nullptr);
-}
-
-// The same of NHWC maps, which are read once: deviations are from the first pixel, and that is put right.
-template <typename T> void pixel_moments(const T* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
-  auto make = [=](auto first) {
-    return [=](Index at, Index c, T& sum, T& squares) {
-      T v = z[at] - first[c];
-      sum += v;
-      squares += v * v;
-    };
-  };
-  sum_elements<kRowsAtOnce, true>(d, c0, c1, make, z, mean, square);
-  for (Index c = c0; c < c1; ++c) {
-    T off = mean[c] / T(d.area);
-    square[c] -= off * mean[c];
-    mean[c] = z[c] + off;
-  }
-}
-
-template <typename T> void moments(const T* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
-  if (d.nhwc) return pixel_moments(z, d, c0, c1, mean, square);
-  for (Index c = c0; c < c1; ++c) row_moments(z + c * d.area, d.area, mean + c, square + c);
-}
-
-enum class Add { kNothing, kOther, kScaledOther };
-
-// out = (z - centre) * scale + offset, plus other (times gain), after ReLU. NaN stays NaN.
-template <typename T, Add kAdd, bool kRelu>
-void affine(const T* z, const T* other, T* out, const T* centre, const T* scale, const T* offset, const T* gain,
-            const Shape& d, Index c0, Index c1) {
-  auto make = [=](auto m, auto a, auto h, auto g) {
-    return [=](Index at, Index c) {
-      T y = (z[at] - m[c]) * a[c] + h[c];
-      if (kAdd == Add::kOther) y += other[at];
-      if (kAdd == Add::kScaledOther) y += other[at] * g[c];
-      out[at] = kRelu && y < T(0) ? T(0) : y;
-    };
-  };
-  for_elements<T>(d, c0, c1, make, centre, scale, offset, gain);
-}
-
-// g = grad where out is above zero, if there was a ReLU; sums of g * (z - centre) and of g, or of grad.
-template <typename T, bool kRelu>
-void dots(const T* grad, const T* out, const T* z, T* g, const T* centre, T* dots, T* total, const Shape& d, Index c0,
-          Index c1) {
-  auto make = [=](auto m) {
-    return [=](Index at, Index c, T& dot, T& sum) {
-      T v = kRelu && !(out[at] > T(0)) ? T(0) : grad[at];
-      if (kRelu) g[at] = v;
-      dot += v * (z[at] - m[c]);
-      sum += v;
-    };
-  };
-  sum_elements<1, true>(d, c0, c1, make, centre, dots, total);  // four maps are streams enough
-}
-
-// dz = g * scale + (z - centre) * slope + shift
-template <typename T>
-void map_grad(const T* g, const T* z, T* dz, const T* scale, const T* centre, const T* slope, const T* shift,
-              const Shape& d, Index c0, Index c1) {
-  auto make = [=](auto a, auto m, auto s, auto h) {
-    return [=](Index at, Index c) { dz[at] = g[at] * a[c] + (z[at] - m[c]) * s[c] + h[c]; };
-  };
-  for_elements<T>(d, c0, c1, make, scale, centre, slope, shift);
-}
 
 // ---- vectors ----
 
@@ -389,12 +168,13 @@ template <typename T> struct Other {
 
 template <typename T>
 void apply(const T* z, const Other<T>& other, T* out, const T* centre, const T* scale, const T* offset, const T* gain,
-           const Shape& d, Index b, Index c0, Index c1, bool relu) {
+           const T* next, const Shape& d, Index b, Index c0, Index c1, bool relu) {
   Index at = b * d.channels * d.area, v = b * d.channels;
   auto run = !other.map ? (relu ? affine<T, Add::kNothing, true> : affine<T, Add::kNothing, false>)
              : other.mean ? (relu ? affine<T, Add::kScaledOther, true> : affine<T, Add::kScaledOther, false>)
                           : (relu ? affine<T, Add::kOther, true> : affine<T, Add::kOther, false>);
-  run(z + at, other.map ? other.map + at : nullptr, out + at, centre + v, scale + v, offset + v, gain, d, c0, c1);
+  const T* added = other.map ? other.map + at : nullptr;
+  run(z + at, added, out + at, centre + v, scale + v, offset + v, gain, next, d, c0, c1);
 }
 
 enum class Read : Index { kNothing, kPool, kMoments };
@@ -422,19 +202,23 @@ void forward(const Shape& d, const T* z, const Other<T>& other, T* out, const We
     if (other.mean)
       for (Index c = 0; c < channels; ++c) offset[v + c] += other.shift(c, gain[c]);
   };
-  auto write = [=](Index b, Index c0, Index c1) {
-    if (out) apply(z, other, out, pooled, scale, offset, gain, d, b, c0, c1, relu);
+  auto write = [=](const T* next, Index b, Index c0, Index c1) {
+    if (out) apply(z, other, out, pooled, scale, offset, gain, next, d, b, c0, c1, relu);
   };
   if (reading != Read::kMoments && d.batch >= d.threads) {  // a sample at a time: its second read is from the cache
     norm_of(w, channels, inverse, norm);
-    for_samples(d, [=](Index b) { read(b, 0, channels), gains(b), write(b, 0, channels); });
+    Index sample = channels * d.area, asking = reading == Read::kPool && sample <= kCached ? d.batch - 1 : 0;
+    for_samples(d, [=](Index b) {
+      read(b, 0, channels), gains(b);
+      write(b < asking ? z + (b + 1) * sample : nullptr, b, 0, channels);
+    });
     return;
   }
   for_channels(d, read);
   if (reading == Read::kMoments) batch_moments(d, pooled, square, mean, var);
   norm_of(w, channels, inverse, norm);
   for_samples(d, gains);
-  for_channels(d, write);
+  for_channels(d, [=](Index b, Index c0, Index c1) { write(nullptr, b, c0, c1); });
 }
 
 // From a sample's dots and total: the gradients of q and of the kernel; scale becomes what multiplies grad in that of

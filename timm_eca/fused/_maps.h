@@ -1,0 +1,246 @@
+// Loops over maps: what is summed over the pixels of some channels of a sample, and what is written to them.
+//
+// Maps are (C, N), or (N, C) where `nhwc` is set, N being H * W; vectors are (C). Only _native.cpp includes this.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+using Index = std::int64_t;
+
+struct Shape {
+  Index batch, channels, area;
+  Index nhwc, threads;
+};
+
+constexpr Index kPixels = 64;     // rows of an NHWC map that are summed before the sums are
+constexpr Index kWide = 256;      // elements of such a row, at most, where it is several pixels
+constexpr Index kRowsAtOnce = 4;  // rows of such a map that are added at once where they are several pixels
+constexpr Index kLanes = 32;      // sums that one row of an NCHW map is added up in
+constexpr Index kLong = 256;      // elements of a row for which that pays
+constexpr Index kLine = 64;       // bytes of a cache line
+
+// ---- elements ----
+
+// What a row of an NCHW map has in place of a vector: one value.
+template <typename T> struct Everywhere {
+  T value;
+  T operator[](Index) const { return value; }
+};
+
+// A range of channels of an NHWC map as rows. Where a pixel has few channels a row is several pixels, and the last one
+// may be shorter: inner loops of a few vectors cost more than what they compute.
+struct Grid {
+  Index channels, repeat, rows, stride, width, rest;
+
+  Grid(const Shape& d, Index c0, Index c1) : channels(c1 - c0), repeat(1) {
+    if (channels == d.channels && 2 * channels <= kWide) repeat = std::min(kWide / channels, d.area);
+    rows = d.area / repeat;
+    stride = repeat * d.channels;
+    width = repeat * channels;
+    rest = d.area % repeat * channels;
+  }
+
+  Index width_of(Index row) const { return row < rows ? width : rest; }
+};
+
+// A vector of the channels, once for each pixel of a row.
+template <typename T> struct Repeated {
+  T copies[kWide];
+  const T* data;
+
+  Repeated(const T* vector, const Grid& grid) : data(vector) {
+    if (grid.repeat == 1) return;
+    for (Index r = 0; r < grid.repeat; ++r) std::copy_n(vector, grid.channels, copies + r * grid.channels);
+    data = copies;
+  }
+};
+
+// While a row is written, which is in the cache, the same row of the next sample, if one is given, comes from memory.
+template <typename T, typename F> void write_row(const T* next, Index from, Index n, F write) {
+  if (next)
+    for (Index i = 0; i < n; i += kLine / Index(sizeof(T))) __builtin_prefetch(next + from + i, 0, 2);
+#pragma omp simd
+  for (Index c = 0; c < n; ++c) write(from + c, c);
+}
+
+template <typename T, typename F> void write_rows(const Grid& grid, const T* next, Index from, F write) {
+  for (Index i = 0; i <= grid.rows; ++i) write_row(next, from + i * grid.stride, grid.width_of(i), write);
+}
+
+// Calls write(at, c) for every element of some channels. make(vectors...) returns it, given what has the vectors at c.
+template <typename T, typename F, typename... V>
+void for_elements(const Shape& d, const T* next, Index c0, Index c1, F make, const V*... vectors) {
+  if (d.nhwc) {
+    Grid grid(d, c0, c1);
+    write_rows(grid, next, c0, make(Repeated<T>(vectors + c0, grid).data...));
+    return;
+  }
+  Index most = next ? kWide : d.area;  // as much as can be on its way at a time
+  for (Index c = c0; c < c1; ++c)
+    for (Index i = 0; i < d.area; i += most)
+      write_row(next, c * d.area + i, std::min(most, d.area - i), make(Everywhere<T>{vectors[c]}...));
+}
+
+// Adds terms of a long row, as many as fit, and returns how many. One sum of a kind would wait for itself from term to
+// term; here several are added in turn.
+template <typename T, typename F> Index sum_lanes(Index from, Index n, F add, T* first, T* second) {
+  T f[kLanes] = {}, s[kLanes] = {};
+  Index i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+#pragma omp simd
+    for (Index l = 0; l < kLanes; ++l) add(from + i + l, l, f[l], s[l]);
+  for (Index half = kLanes / 2; half; half /= 2)
+    for (Index l = 0; l < half; ++l) f[l] += f[l + half], s[l] += s[l + half];
+  *first = f[0];
+  *second = s[0];
+  return i;
+}
+
+// Two sums over a row.
+template <typename T, typename F> void sum_row(Index from, Index n, F add, T* first, T* second) {
+  T f = 0, s = 0;
+  Index done = n < kLong ? 0 : sum_lanes(from, n, add, &f, &s);
+#pragma omp simd reduction(+ : f, s)
+  for (Index i = done; i < n; ++i) add(from + i, 0, f, s);
+  *first = f;
+  if (second) *second = s;
+}
+
+// Adds the sums of a row's elements to their channels'.
+template <typename T> void fold(const Grid& grid, const T* parts, T* sums) {
+  for (Index from = 0; from < grid.width; from += grid.channels)
+    for (Index c = 0; c < grid.channels; ++c) sums[c] += parts[from + c];
+}
+
+// Adds terms of some rows, from the element at on, to the sums of each column: these are read and written once.
+template <Index kRows, bool kTwo, typename T, typename F>
+void add_rows(Index at, Index stride, Index width, F add, T* f, T* s) {
+#pragma omp simd
+  for (Index c = 0; c < width; ++c) {
+    T first = f[c], second = kTwo ? s[c] : T(0);
+    for (Index r = 0; r < kRows; ++r) add(at + r * stride + c, c, first, second);
+    f[c] = first;
+    if (kTwo) s[c] = second;
+  }
+}
+
+// One or two sums over the pixels, for each channel. They are kept for a few rows at a time, so that small terms are
+// not lost in large sums.
+template <Index kRows, bool kTwo, typename T, typename F>
+void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
+  std::vector<T> parts(2 * grid.width);
+  T *f = parts.data(), *s = f + grid.width;
+  std::fill_n(first, grid.channels, T(0));
+  if (kTwo) std::fill_n(second, grid.channels, T(0));
+  Index many = grid.repeat > 1 ? grid.rows : 0;  // rows of wide maps are read faster one after the other
+  for (Index i = 0; i <= grid.rows;) {
+    std::fill(parts.begin(), parts.end(), T(0));
+    Index end = i + kPixels;
+    for (; i + kRows <= std::min(end, many); i += kRows)
+      add_rows<kRows, kTwo>(from + i * grid.stride, grid.stride, grid.width, add, f, s);
+    for (; i < end && i <= grid.rows; ++i) add_rows<1, kTwo>(from + i * grid.stride, 0, grid.width_of(i), add, f, s);
+    fold(grid, f, first);
+    if (kTwo) fold(grid, s, second);
+  }
+}
+
+// One or two sums of some channels' elements: add(at, c, first, second) adds an element's terms. make(vector) returns
+// it. kRows is how many rows of a narrow NHWC map are added at once.
+template <Index kRows, bool kTwo, typename T, typename F>
+void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T* first, T* second) {
+  if (d.nhwc) {
+    Grid grid(d, c0, c1);
+    Repeated<T> repeated(vector + c0, grid);
+    sum_pixels<kRows, kTwo>(grid, c0, make(repeated.data), first + c0, second + c0);
+  } else {
+    for (Index c = c0; c < c1; ++c)
+      sum_row(c * d.area, d.area, make(Everywhere<T>{vector[c]}), first + c, kTwo ? second + c : nullptr);
+  }
+}
+
+// ---- passes over some channels of a sample ----
+
+template <typename T> void pool(const T* z, const Shape& d, Index c0, Index c1, T* mean) {
+  auto make = [=](auto) { return [=](Index at, Index, T& sum, T&) { sum += z[at]; }; };
+  sum_elements<kRowsAtOnce, false>(d, c0, c1, make, z, mean, mean);  // no vector is needed, and one sum
+  for (Index c = c0; c < c1; ++c) mean[c] /= T(d.area);
+}
+
+// Mean of a row, and sum of squared deviations from it: squares of large means would cancel.
+template <typename T> void row_moments(const T* z, Index n, T* mean, T* square) {
+  sum_row<T>(0, n, [=](Index at, Index, T& sum, T&) { sum += z[at]; }, mean, nullptr);
+  T m = *mean /= T(n);
+  auto add = [=](Index at, Index, T& squares, T&) { squares += (z[at] - m) * (z[at] - m); };
+  sum_row<T>(0, n, add, square, nullptr);
+}
+
+// The same of NHWC maps, which are read once: deviations are from the first pixel, and that is put right.
+template <typename T> void pixel_moments(const T* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
+  auto make = [=](auto first) {
+    return [=](Index at, Index c, T& sum, T& squares) {
+      T v = z[at] - first[c];
+      sum += v;
+      squares += v * v;
+    };
+  };
+  sum_elements<kRowsAtOnce, true>(d, c0, c1, make, z, mean, square);
+  for (Index c = c0; c < c1; ++c) {
+    T off = mean[c] / T(d.area);
+    square[c] -= off * mean[c];
+    mean[c] = z[c] + off;
+  }
+}
+
+template <typename T> void moments(const T* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
+  if (d.nhwc) return pixel_moments(z, d, c0, c1, mean, square);
+  for (Index c = c0; c < c1; ++c) row_moments(z + c * d.area, d.area, mean + c, square + c);
+}
+
+enum class Add { kNothing, kOther, kScaledOther };
+
+// out = (z - centre) * scale + offset, plus other (times gain), after ReLU. NaN stays NaN.
+template <typename T, Add kAdd, bool kRelu>
+void affine(const T* z, const T* other, T* out, const T* centre, const T* scale, const T* offset, const T* gain,
+            const T* next, const Shape& d, Index c0, Index c1) {
+  auto make = [=](auto m, auto a, auto h, auto g) {
+    return [=](Index at, Index c) {
+      T y = (z[at] - m[c]) * a[c] + h[c];
+      if (kAdd == Add::kOther) y += other[at];
+      if (kAdd == Add::kScaledOther) y += other[at] * g[c];
+      out[at] = kRelu && y < T(0) ? T(0) : y;
+    };
+  };
+  for_elements(d, next, c0, c1, make, centre, scale, offset, gain);
+}
+
+// g = grad where out is above zero, if there was a ReLU; sums of g * (z - centre) and of g, or of grad.
+template <typename T, bool kRelu>
+void dots(const T* grad, const T* out, const T* z, T* g, const T* centre, T* dots, T* total, const Shape& d, Index c0,
+          Index c1) {
+  auto make = [=](auto m) {
+    return [=](Index at, Index c, T& dot, T& sum) {
+      T v = kRelu && !(out[at] > T(0)) ? T(0) : grad[at];
+      if (kRelu) g[at] = v;
+      dot += v * (z[at] - m[c]);
+      sum += v;
+    };
+  };
+  sum_elements<1, true>(d, c0, c1, make, centre, dots, total);  // four maps are streams enough
+}
+
+// dz = g * scale + (z - centre) * slope + shift
+template <typename T>
+void map_grad(const T* g, const T* z, T* dz, const T* scale, const T* centre, const T* slope, const T* shift,
+              const Shape& d, Index c0, Index c1) {
+  auto make = [=](auto a, auto m, auto s, auto h) {
+    return [=](Index at, Index c) { dz[at] = g[at] * a[c] + (z[at] - m[c]) * s[c] + h[c]; };
+  };
+  for_elements<T>(d, nullptr, c0, c1, make, scale, centre, slope, shift);
+}
+
+}  // namespace
