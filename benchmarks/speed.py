@@ -45,6 +45,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here; cpu is what can be measured.")
+    if args.processes < 1:
+        parser.error(f"--processes {args.processes}: at least 1 is needed.")
     torch.set_num_threads(args.threads)
     suffix = "" if args.device == "cpu" else f"_{args.device}"
     out = args.out or RESULTS / f"{'tail' if args.tail else 'speed'}{suffix}.json"

@@ -57,6 +57,14 @@ def test_no_gpu_to_measure_on(repository, monkeypatch, capsys):
     assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
 
 
+def test_no_processes_to_measure_in(repository, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--processes", "0"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(repository / "benchmarks" / "speed.py"), run_name="__main__")
+    assert "--processes 0: at least 1 is needed" in capsys.readouterr().err
+
+
 def test_growth(repository, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     out = tmp_path / "growth.json"

@@ -96,7 +96,7 @@ class TestBlocks:
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
     def test_compiled(self, layout, backend):
-        plain, x = block(), pixels(2, 92).contiguous(memory_format=layout)  # large enough for a call of a kernel
+        plain, x = block(), pixels(2, 92).contiguous(memory_format=layout)
         torch.compiler.reset()
         with torch.inference_mode():
             compiled = torch.compile(fuse_(nn.Sequential(block())), fullgraph=True, backend=backend)
