@@ -1,5 +1,6 @@
 """What the benchmarks share: alternated runs, ratios with their spread, and where and when they were made."""
 
+import ctypes
 import datetime
 import os
 import platform
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Timed", "alternate", "environment", "ratios", "summary", "timed", "timed_on_gpu"]
+__all__ = ["Timed", "alternate", "environment", "keep_memory", "ratios", "summary", "timed", "timed_on_gpu"]
 
 
 class Timed(NamedTuple):
@@ -57,6 +58,18 @@ def timed_on_gpu(function: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def keep_memory() -> None:
+    """Have glibc keep what it is given back, for the next call, instead of handing it back to the system.
+
+    Raises:
+        RuntimeError: Where the process has another allocator.
+    """
+    trim_threshold, mmap_max = -1, -4  # malloc.h's names for what is set; a threshold of -1 is none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not (mallopt(trim_threshold, -1) and mallopt(mmap_max, 0)):
+        raise RuntimeError("This needs glibc's allocator, whose mallopt tells it to keep memory.")
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread per worker, and helpers that many files use."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, which decides then
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and so in all we start
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -47,8 +50,6 @@ def run_python(tmp_path):
     """Run code in a fresh interpreter, in an empty folder; its output is returned, a failure fails the test."""
 
     def run(code: str, **env: str) -> str:
-        import os
-
         process = subprocess.run(
             [sys.executable, "-c", code],
             cwd=tmp_path,
@@ -144,13 +145,27 @@ def fused_calls(monkeypatch):
     return made
 
 
-@pytest.fixture(params=["native", "passes"])
+@pytest.fixture(params=["native", "gpu", "passes"])
 def engine(request, monkeypatch):
-    """Make the passes of one engine be taken by fused tails; the other's are not called."""
+    """Make the passes of one engine be taken by fused tails; the others' are not called.
+
+    The kernels for GPUs run in Triton's interpreter, on a CPU.
+    """
     from timm_eca.fused import native
 
     if request.param == "native" and not native.loaded():
         pytest.skip("the compiled passes are not built here")
-    if request.param == "passes":
+    if request.param != "native":
         monkeypatch.setattr("timm_eca.fused.tail.native.takes", lambda *_: False)
+    if request.param == "gpu":
+        request.getfixturevalue("interpreted")
     return request.param
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Have tails on a CPU take the kernels for GPUs, interpreted."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton compiles where there is a GPU, and does not interpret")
+    monkeypatch.setattr("timm_eca.fused.tail.gpu.takes", lambda *_: True)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,6 +13,7 @@ from timm_eca.fused.tail import fused_tail
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LEAVES = ("z", "shortcut", "weight", "bias", "kernel")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+ON_CPU = pytest.mark.parametrize("engine", ["native", "passes"], indirect=True)  # not what is interpreted, for its time
 
 
 class Case(NamedTuple):

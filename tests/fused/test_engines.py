@@ -3,11 +3,11 @@ import torch
 from timm.layers import EcaModule
 from torch import nn
 
-from tail_cases import Case, make, plain_out, tail_of, weights_of
-from timm_eca.fused import native, passes, tail
+from tail_cases import ON_CPU, Case, make, plain_out, tail_of, weights_of
+from timm_eca.fused import gpu, native, passes, tail
 from timm_eca.fused.tail import fused_tail
 
-BY_ENGINE = {"native": native, "passes": passes}
+BY_ENGINE = {"native": native, "gpu": gpu, "passes": passes}
 
 
 class TestEngines:
@@ -69,6 +69,7 @@ class TestEngines:
             is passes
         )
 
+    @ON_CPU
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
     def test_deterministic(self, engine, threads, train):
         case = Case((5, 130, 9, 8), train=train)

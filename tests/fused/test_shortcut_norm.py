@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fused_models import MODELS, blocks_of, create, pixels, plain_twin, small
+from tail_cases import ON_CPU
 from timm_eca.fused import blocks, fuse_
 
 NAMES = [name for name in MODELS if "resne" in name]
@@ -39,6 +40,7 @@ def downsamples(model: nn.Module) -> int:
 
 
 class TestInference:
+    @ON_CPU
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
     @pytest.mark.parametrize("name", NAMES)
     def test_models(self, norms_taken, engine, name, layout):

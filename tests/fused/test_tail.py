@@ -7,6 +7,7 @@ from torch import nn
 from tail_cases import (
     LAYOUTS,
     LEAVES,
+    ON_CPU,
     TOLERANCES,
     Case,
     check,
@@ -131,6 +132,7 @@ class TestOracle:
     def test_variants(self, engine, changed, train, layout):
         check(Case(train=train, layout=layout, **changed), torch.float64)
 
+    @ON_CPU
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
     @pytest.mark.parametrize("shape", [(1, 130, 17, 16), (5, 70, 11, 10), (5, 130, 9, 8)])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tail_cases import LAYOUTS, LEAVES, Case, leaves, make, plain_out, tail_of, weights_of
+from tail_cases import LAYOUTS, LEAVES, ON_CPU, Case, leaves, make, plain_out, tail_of, weights_of
 from timm_eca.fused.tail import fused_tail
 
 
@@ -14,6 +14,7 @@ def with_graph(case: Case) -> tuple[dict, dict, torch.Tensor]:
 
 
 class TestAutograd:
+    @ON_CPU
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
     @pytest.mark.parametrize("changed", [{}, {"drop": True}, {"relu": False, "add": False}], ids=str)
     @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])

@@ -6,7 +6,7 @@ import torch
 from timm.layers import Sigmoid
 from torch import Tensor, nn
 
-from . import native, passes
+from . import gpu, native, passes
 from .formula import Moments, TailWeights, gains_of_map, layout_of, tail_formula
 from .operators import operator_gains
 
@@ -29,14 +29,21 @@ def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: b
 
 def graph_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
     """Compute `tail_formula` in what `torch.compile` takes into one graph."""
-    of_operator = torch.is_grad_enabled() and _engine(z, shortcut, weights) is native
+    of_operator = torch.is_grad_enabled() and _is_sigmoid(weights.gate) and native.takes(z, shortcut, weights)
     gains_of = operator_gains if of_operator else gains_of_map
     return tail_formula(z, shortcut, weights, relu, gains_of)
 
 
 def _engine(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> Any:
-    fits = isinstance(weights.gate, (nn.Sigmoid, Sigmoid)) and native.takes(z, shortcut, weights)
-    return native if fits else passes
+    if _is_sigmoid(weights.gate):
+        for engine in (native, gpu):
+            if engine.takes(z, shortcut, weights):
+                return engine
+    return passes
+
+
+def _is_sigmoid(gate: object) -> bool:
+    return isinstance(gate, (nn.Sigmoid, Sigmoid))
 
 
 class _FusedTail(torch.autograd.Function):
