@@ -3,8 +3,10 @@ import torch
 from timm.layers import EcaModule
 from torch import nn
 
+from fused_models import blocks_of, small
 from tail_cases import ON_CPU, Case, make, plain_out, tail_of, weights_of
 from timm_eca.fused import gpu, native, passes, tail
+from timm_eca.fused.eligible import find_parts
 from timm_eca.fused.tail import fused_tail
 
 BY_ENGINE = {"native": native, "gpu": gpu, "passes": passes}
@@ -26,21 +28,28 @@ class TestEngines:
         tail_of(Case(), make(Case(), torch.float32))
         assert taken == [(engine, "forward"), (engine, "backward")]
 
-    @pytest.mark.parametrize("gate", [nn.Sigmoid(), EcaModule(8).gate], ids=["torch", "timm"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_compiled_passes_taken(self, taken, gate, dtype):
+    def test_compiled_passes_taken(self, taken, dtype):
         if not native.loaded():
             pytest.skip("the compiled passes are not built here")
         made = make(Case(), dtype)
-        fused_tail(made["z"], made["shortcut"], weights_of(Case(), made, made, gate)[0], True)
+        fused_tail(made["z"], made["shortcut"], weights_of(Case(), made, made)[0], True)
         assert taken == [("native", "forward")]
+
+    @pytest.mark.parametrize("gate", [nn.Sigmoid(), EcaModule(8).gate], ids=["torch", "timm"])
+    def test_sigmoids_are_known(self, gate):
+        block = blocks_of(small())[0]
+        block.se.gate = gate
+        assert find_parts(block, block._rule).gate is torch.sigmoid
+        block.se.gate = nn.Tanh()
+        assert find_parts(block, block._rule).gate is block.se.gate
 
     @pytest.mark.parametrize(
         ("dtype", "vectors", "gate"),
         [
-            (torch.bfloat16, torch.bfloat16, nn.Sigmoid()),
-            (torch.float16, torch.float32, nn.Sigmoid()),
-            (torch.float32, torch.float64, nn.Sigmoid()),
+            (torch.bfloat16, torch.bfloat16, torch.sigmoid),
+            (torch.float16, torch.float32, torch.sigmoid),
+            (torch.float32, torch.float64, torch.sigmoid),
             (torch.float32, torch.float32, nn.Hardsigmoid()),
         ],
     )

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tail_cases import Case, check, make, weights_of
 from timm_eca.fused import gpu, passes, tail
@@ -34,7 +34,7 @@ def random_weights(shape: tuple[int, ...], of_batch: bool, kernel_size: int, dro
     moments = Moments(mean, 0.5 + shift**2)
     return TailWeights(
         kernel=torch.randn(1, 1, kernel_size, generator=generator),
-        gate=nn.Sigmoid(),
+        gate=torch.sigmoid,
         weight=weight if affine else None,
         bias=bias if affine else None,
         moments=None if of_batch else moments,
@@ -216,7 +216,7 @@ def weights(of_batch, dtype, affine=True):
     moments = None if of_batch else Moments(one, one)
     norm = None if of_batch else Norm(one, one, one, one, 1e-5)
     ends = (one, one) if affine else (None, None)
-    return TailWeights(torch.ones(1, 1, 3, dtype=dtype), nn.Sigmoid(), *ends, moments, None, None, 1e-5, norm)
+    return TailWeights(torch.ones(1, 1, 3, dtype=dtype), torch.sigmoid, *ends, moments, None, None, 1e-5, norm)
 
 capability = int(sys.argv[1])
 for dtype in (torch.float32, torch.bfloat16):

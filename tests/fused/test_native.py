@@ -35,7 +35,7 @@ def weights_of(shape: tuple[int, ...], dtype: torch.dtype, of_batch: bool, kerne
     var = 0.5 + shift**2
     return TailWeights(
         kernel=torch.randn(1, 1, kernel_size, generator=generator, dtype=torch.float64).to(dtype),
-        gate=nn.Sigmoid(),
+        gate=torch.sigmoid,
         weight=weight.to(dtype),
         bias=bias.to(dtype),
         moments=None if of_batch else Moments(mean.to(dtype), var.to(dtype)),

@@ -34,7 +34,7 @@ class TestHandComputed:
         fields = {"drop": None, "running": None, "moments": None, **kwargs}
         shortcut = fields.pop("shortcut")
         relu = fields.pop("relu")
-        return fused_tail(z, shortcut, TailWeights(kernel, nn.Sigmoid(), *leaf[1:], **fields), relu), [*leaf, kernel]
+        return fused_tail(z, shortcut, TailWeights(kernel, torch.sigmoid, *leaf[1:], **fields), relu), [*leaf, kernel]
 
     def test_given_moments(self, engine):
         z = torch.tensor([1.0, 3.0], dtype=torch.float64).view(1, 1, 1, 2)
@@ -82,7 +82,7 @@ class TestHandComputed:
         z = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64).view(1, 3, 1, 1)
         moments = Moments(torch.zeros(3).double(), torch.ones(3).double())
         kernel = torch.tensor([[[1.0, 2.0, -1.0]]], dtype=torch.float64)
-        out = fused_tail(z, None, TailWeights(kernel, nn.Sigmoid(), None, None, moments, None, None, 0.0), False)
+        out = fused_tail(z, None, TailWeights(kernel, torch.sigmoid, None, None, moments, None, None, 0.0), False)
         # Rows of the band matrix: (2, -1, 0), (1, 2, -1), (0, 1, 2), so the convolved vector is 2, -1, 4.
         expected = torch.tensor([1 / (1 + exp(-2)), 0.0, 2 / (1 + exp(-4))]).double()
         torch.testing.assert_close(out.flatten(), expected)

@@ -136,12 +136,12 @@ def _make(block_cls: type[nn.Module], gates: Any) -> nn.Module:
 
 def _fitting_parts(block: Any, x: object) -> Parts | None:
     """Return the parts of a block's tail if it can be fused now."""
-    if type(x) is not Tensor or x.is_meta or block._compiled_call_impl is not None:
+    if type(x) is not Tensor or x.is_meta:
         return None
     if torch.compiler.is_compiling():
         # Exported graphs keep the norms that quantizers and converters look for.
         return None if torch.compiler.is_exporting() else graph_parts(block, block._rule)
-    if not unwatched() or type(block).forward is not block._plain_forward:
+    if block._compiled_call_impl is not None or not unwatched() or type(block).forward is not block._plain_forward:
         return None
     parts = block._parts
     if parts is None or not parts.still_fit(block):
@@ -211,8 +211,7 @@ def _weights(parts: Parts, z: Tensor, adds: bool, pooled: Tensor | None) -> Tail
     if adds and parts.drop_path is not None and parts.drop_path.training:
         drop = parts.drop_path(z.new_ones((len(z), 1, 1, 1))).flatten(1)  # the same draw as over the map
     moments, running = (None, _running(norm.module)) if of_batch else (Moments(mean, var), None)
-    kernel, gate = parts.kernel["weight"], parts.attn._modules["gate"]
-    return TailWeights(kernel, gate, weight, bias, moments, running, drop, eps, pooled=pooled)
+    return TailWeights(parts.kernel["weight"], parts.gate, weight, bias, moments, running, drop, eps, pooled=pooled)
 
 
 def _running(norm: Any) -> Running | None:

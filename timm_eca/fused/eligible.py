@@ -6,10 +6,10 @@ lookups. Whoever watches or transforms single operations (hooks, modes, tracers,
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from timm.layers import BatchNormAct2d, DropPath, EcaModule, FrozenBatchNormAct2d, SyncBatchNormAct
+from timm.layers import BatchNormAct2d, DropPath, EcaModule, FrozenBatchNormAct2d, Sigmoid, SyncBatchNormAct
 from torch import Tensor, nn
 from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
@@ -47,14 +47,14 @@ class NormPart:
     """A batch norm, and the dictionaries of its weights and statistics: each call looks, for they may be replaced."""
 
     module: Any
+    frozen: bool
     affine: dict[str, Any]
     stats: dict[str, Any]
 
     @property
     def of_batch(self) -> bool:
         """Whether the batch's statistics are used, as `torch.nn.BatchNorm2d` decides it."""
-        module = self.module
-        return type(module) not in _FROZEN_NORMS and (module.training or self.stats["running_mean"] is None)
+        return not self.frozen and (self.module.training or self.stats["running_mean"] is None)
 
     def given(self) -> Norm:
         """Return the norm by its own statistics."""
@@ -69,8 +69,8 @@ class Parts:
     Attributes:
         conv: The convolution before the norm.
         norm: The norm.
-        attn: The attention.
         kernel: The dictionary of the attention's weights.
+        gate: The attention's gate; `torch.sigmoid` for any module that is it.
         drop_path: The drop path, None where there is none.
         downsample: What the shortcut goes through, None where it goes unchanged.
         shortcut_norm: The norm that ends the downsample, None where none does.
@@ -82,19 +82,19 @@ class Parts:
 
     conv: Any
     norm: NormPart
-    attn: Any
     kernel: dict[str, Any]
+    gate: Any
     drop_path: Any
     downsample: Any
     shortcut_norm: NormPart | None
     act: Any
-    children: tuple[tuple[dict[str, Any], list[Any]], ...]
-    hooks: tuple[dict[int, Any], ...]
-    attributes: tuple[dict[str, Any], ...]
+    children: tuple[tuple[dict[str, Any], list[Any]], ...] = ()
+    hooks: tuple[dict[int, Any], ...] = ()
+    attributes: tuple[dict[str, Any], ...] = ()
 
     def still_fit(self, block: nn.Module) -> bool:
         """Whether the same modules are in their places in this block, unheard by any hook, and not patched."""
-        if self.children and self.children[0][0] is not block._modules:  # a replica took over the original's parts
+        if self.children[0][0] is not block._modules:  # a replica took over the original's parts
             return False
         for modules, known in self.children:
             if [*modules.values()] != known:
@@ -122,40 +122,72 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         return None
     last = _last_norm(downsample)
     shortcut = () if last is None else (downsample, last)
-    shortcut_norm = None if last is None else _norm_part(last)
-    modules = (conv, _norm_part(norm), attn, attn.conv._parameters, drop_path, downsample, shortcut_norm, act)
     heard = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act, *shortcut) if m is not None]
-    children = tuple((m._modules, [*m._modules.values()]) for m in (block, attn, norm, *shortcut))
-    hooks = tuple(d for m in heard for d in _hooks(m))
-    return Parts(*modules, children, hooks, tuple(m.__dict__ for m in heard))
+    return Parts(
+        conv=conv,
+        norm=_norm_part(norm),
+        kernel=attn.conv._parameters,
+        gate=torch.sigmoid if type(attn.gate) in (nn.Sigmoid, Sigmoid) else attn.gate,
+        drop_path=drop_path if type(drop_path) is DropPath else None,
+        downsample=downsample,
+        shortcut_norm=None if last is None else _norm_part(last),
+        act=act,
+        children=tuple((m._modules, [*m._modules.values()]) for m in (block, attn, norm, *shortcut)),
+        hooks=tuple(d for m in heard for d in _hooks(m)),
+        attributes=tuple(m.__dict__ for m in heard),
+    )
+
+
+class Facts(NamedTuple):
+    """What a compiler takes as settled when it makes a graph of a block's tail.
+
+    Each look that the compiler followed would be a guard, taken again before every run of the graph.
+    """
+
+    fit: bool
+    frozen: bool = False
+    sigmoid: bool = False
+    drops: bool = False
+    downsamples: bool = False
+    shortcut_norm: bool = False
+    shortcut_frozen: bool = False
+
+
+@torch.compiler.assume_constant_result
+def _facts(block: Any) -> Facts:
+    parts = find_parts(block, block._rule)
+    if parts is None or not parts.still_fit(block):
+        return Facts(False)
+    last = parts.shortcut_norm
+    return Facts(
+        fit=True,
+        frozen=parts.norm.frozen,
+        sigmoid=parts.gate is torch.sigmoid,
+        drops=parts.drop_path is not None,
+        downsamples=parts.downsample is not None,
+        shortcut_norm=last is not None,
+        shortcut_frozen=last is not None and last.frozen,
+    )
 
 
 def graph_parts(block: Any, rule: TailRule) -> Parts | None:
     """As `find_parts`, of a block that a compiler makes a graph of: with the tensors themselves, which it follows."""
-    if not _fits_graph(block):
+    facts = _facts(block)
+    if not facts.fit:
         return None
-    norm, attn, downsample = getattr(block, rule.norm), getattr(block, rule.attn), getattr(block, "downsample", None)
-    last = None if downsample is None else _last_norm(downsample)
+    modules = block._modules
+    inner = modules[rule.attn]._modules
+    downsample: Any = modules["downsample"] if facts.downsamples else None
     return Parts(
-        conv=getattr(block, rule.conv),
-        norm=_norm_now(norm),
-        attn=attn,
-        kernel=_now(attn.conv, "weight"),
-        drop_path=block.drop_path,
+        conv=modules[rule.conv],
+        norm=_norm_now(modules[rule.norm], facts.frozen),
+        kernel=_now(inner["conv"], "weight"),
+        gate=torch.sigmoid if facts.sigmoid else inner["gate"],
+        drop_path=block.drop_path if facts.drops else None,
         downsample=downsample,
-        shortcut_norm=None if last is None else _norm_now(last),
-        act=getattr(block, rule.act) if rule.act else None,
-        children=(),
-        hooks=(),
-        attributes=(),
+        shortcut_norm=_norm_now(downsample[-1], facts.shortcut_frozen) if facts.shortcut_norm else None,
+        act=modules[rule.act] if rule.act else None,
     )
-
-
-@torch.compiler.assume_constant_result
-def _fits_graph(block: Any) -> bool:
-    """Look when a graph is made. Each look that the compiler followed would be taken again before every run of it."""
-    parts = find_parts(block, block._rule)
-    return parts is not None and parts.still_fit(block)
 
 
 def map_fits(z: Tensor, of_batch: bool) -> bool:
@@ -209,11 +241,12 @@ def _last_norm(downsample: Any) -> Any:
 
 
 def _norm_part(norm: Any) -> NormPart:
-    return NormPart(norm, norm._buffers if type(norm) in _FROZEN_NORMS else norm._parameters, norm._buffers)
+    frozen = type(norm) in _FROZEN_NORMS
+    return NormPart(norm, frozen, norm._buffers if frozen else norm._parameters, norm._buffers)
 
 
-def _norm_now(norm: Any) -> NormPart:
-    return NormPart(norm, _now(norm, "weight", "bias"), _now(norm, "running_mean", "running_var"))
+def _norm_now(norm: Any, frozen: bool) -> NormPart:
+    return NormPart(norm, frozen, _now(norm, "weight", "bias"), _now(norm, "running_mean", "running_var"))
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:

@@ -74,7 +74,7 @@ class TailWeights(NamedTuple):
 
     Attributes:
         kernel: ECA's kernel (1, 1, k).
-        gate: ECA's gate, a function of one tensor.
+        gate: ECA's gate, a function of one tensor; the compiled passes take `torch.sigmoid` alone.
         weight: The norm's weight gamma (C,), None for one.
         bias: The norm's bias beta (C,), None for zero.
         moments: The norm's statistics, None where they are those of the batch.

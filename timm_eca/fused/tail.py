@@ -3,8 +3,7 @@
 from typing import Any
 
 import torch
-from timm.layers import Sigmoid
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import gpu, native, passes
 from .formula import Moments, TailWeights, gains_of_map, layout_of, tail_formula
@@ -29,21 +28,17 @@ def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: b
 
 def graph_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
     """Compute `tail_formula` in what `torch.compile` takes into one graph."""
-    of_operator = torch.is_grad_enabled() and _is_sigmoid(weights.gate) and native.takes(z, shortcut, weights)
+    of_operator = torch.is_grad_enabled() and weights.gate is torch.sigmoid and native.takes(z, shortcut, weights)
     gains_of = operator_gains if of_operator else gains_of_map
     return tail_formula(z, shortcut, weights, relu, gains_of)
 
 
 def _engine(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> Any:
-    if _is_sigmoid(weights.gate):
+    if weights.gate is torch.sigmoid:
         for engine in (native, gpu):
             if engine.takes(z, shortcut, weights):
                 return engine
     return passes
-
-
-def _is_sigmoid(gate: object) -> bool:
-    return isinstance(gate, (nn.Sigmoid, Sigmoid))
 
 
 class _FusedTail(torch.autograd.Function):
