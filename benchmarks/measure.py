@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 __all__ = ["Timed", "alternate", "environment", "keep_memory", "ratios", "summary", "timed", "timed_on_gpu"]
@@ -95,5 +96,5 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "compiled_passes": native.loaded(),
-        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
+        **({"gpu": torch.cuda.get_device_name(), "triton": version("triton")} if device == "cuda" else {}),
     }

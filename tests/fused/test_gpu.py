@@ -204,45 +204,17 @@ class TestTakes:
 class TestCompiled:
     """Triton compiles for GPUs that are not there."""
 
-    CODE = """
-import sys
-import torch
-from torch import nn
-from compiled_kernels import calls_of, compiled
-from timm_eca.fused.formula import Moments, Norm, TailWeights
-
-def weights(of_batch, dtype, affine=True):
-    one = torch.ones(64, dtype=dtype)
-    moments = None if of_batch else Moments(one, one)
-    norm = None if of_batch else Norm(one, one, one, one, 1e-5)
-    ends = (one, one) if affine else (None, None)
-    return TailWeights(torch.ones(1, 1, 3, dtype=dtype), torch.sigmoid, *ends, moments, None, None, 1e-5, norm)
-
-capability = int(sys.argv[1])
-for dtype in (torch.float32, torch.bfloat16):
-    for layout in (torch.contiguous_format, torch.channels_last):
-        z = torch.empty(2, 64, 8, 8, dtype=dtype).contiguous(memory_format=layout)
-        for of_batch in (True, False):
-            for call in calls_of(z, weights(of_batch, torch.float32)):
-                ptx = compiled(call, capability).asm["ptx"]
-                assert ".local" not in ptx, f"{call.kernel.__name__} spills"
-                wide = "ld.global.v4" in ptx and "st.global.v4" in ptx
-                print(call.kernel.__name__, dtype, layout, of_batch, wide)
-for call in calls_of(torch.empty(1, 64, 1, 1, dtype=torch.float64), weights(False, torch.float64, affine=False)):
-    compiled(call, capability)
-"""
-
-    @pytest.mark.parametrize("capability", [80, 90])
-    def test_for_other_gpus(self, run_python, tmp_path, repository, capability):
+    @pytest.mark.parametrize(("capability", "dtype"), [(80, "float32"), (90, "bfloat16")])
+    def test_for_other_gpus(self, run_python, tmp_path, repository, capability, dtype):
         env = {
             "TRITON_INTERPRET": "0",
             "TRITON_CACHE_DIR": str(tmp_path),
             "PYTHONPATH": f"{repository}:{repository}/tests",
         }
-        code = self.CODE.replace("sys.argv[1]", str(capability))
-        lines = run_python(code, **env).splitlines()
-        assert len(lines) == 4 * (8 + 7)
-        for name in ("write", "write_grad"):
-            told = [line for line in lines if line.startswith(f"{name} ")]
-            assert len(told) == 8
-            assert all(line.endswith("True") for line in told), "maps are not read and written 16 bytes at a time"
+        code = f"import torch; from compiled_kernels import report; report({capability}, torch.{dtype})"
+        told = [line.split() for line in run_python(code, **env).splitlines()]
+        assert len(told) == 2 * (8 + 7)
+        assert {stack for _, stack, _ in told} == {"0"}, "registers are spilled"
+        of_maps = [wide for name, _, wide in told if name in ("write", "write_grad")]
+        assert len(of_maps) == 8
+        assert all(wide == "True" for wide in of_maps), "maps are not read and written 16 bytes at a time"

@@ -101,6 +101,7 @@ SHAPES = [
 
 
 class TestOracle:
+    @ON_CPU
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

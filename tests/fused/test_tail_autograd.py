@@ -33,6 +33,7 @@ class TestAutograd:
         assert not case.relu or ahead.abs().min() > 1e-3
         assert check(function, tuple(leaves(made).values()))
 
+    @ON_CPU
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize(
         "loss",
