@@ -61,7 +61,7 @@ def step(model: nn.Module, x: torch.Tensor) -> dict[str, dict[str, torch.Tensor]
     model.zero_grad()
     torch.manual_seed(3)
     out = model(x)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
     out.backward(cotangent)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"outputs": {"": out.detach()}, "grads": {"input": x.grad, **grads}, "buffers": dict(model.named_buffers())}

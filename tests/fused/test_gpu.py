@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_models import MODELS, blocks_of, check_step, create, pixels, small
 from tail_cases import Case, check, make, weights_of
-from timm_eca.fused import gpu, passes, tail
+from timm_eca.fused import fuse_, gpu, passes, tail
 from timm_eca.fused.formula import Moments, Norm, Running, TailWeights, vector_dtype
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -156,6 +157,23 @@ class TestKernels:
         out, pooled, _ = gpu.forward(z, None, weights, relu=False, inplace=False)
         assert pooled is weights.pooled
         torch.testing.assert_close(out, passes.forward(z, None, weights, relu=False, inplace=False)[0])
+
+
+class TestModels:
+    def test_interpreted(self, interpreted, monkeypatch):
+        monkeypatch.setattr(passes, "forward", None)
+        check_step(small().double(), pixels())
+
+    @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+    @LAYOUTS
+    @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+    @pytest.mark.parametrize("name", MODELS)
+    def test_on_gpu(self, fused_calls, name, train, layout):
+        model = create(name, **MODELS[name]).double().train(train).to(DEVICE, memory_format=layout)
+        if name.startswith("eca"):
+            fuse_(model)
+        check_step(model, pixels(3).to(DEVICE, memory_format=layout))
+        assert len(fused_calls) == len(blocks_of(model)) > 0
 
 
 class TestLayout:
