@@ -5,7 +5,7 @@ one's, round by round: the median with its quartiles, above 1 is faster than pla
 results file and not run again, so a run can be stopped and gone on with; --again measures anew. One process finds a
 system a few percent faster or slower than the next, by where its memory lies: --processes takes the rounds of several.
 With --keep-memory the process gives none back to the system, which otherwise hands out and zeroes the same pages in
-every call, 14,000 in a compiled ResNet-50's of eight images; such cells are called kept.
+every call, 14,000 in a compiled ResNet-50's of eight images; such cells are called kept, those of --autocast bf16.
 On a GPU calls are timed by events on its stream. The tails' cells also tell what they achieve of a copy's bandwidth.
 """
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels of each side (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=None, help="networks: 30; tails: 200")
     parser.add_argument("--processes", type=int, default=1, help="times as many rounds (default: %(default)s)")
+    parser.add_argument("--autocast", action="store_true", help="networks: run them in bfloat16, as autocast does")
     parser.add_argument("--keep-memory", action="store_true", help="give no memory back to the system (glibc)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
@@ -48,6 +49,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here; cpu is what can be measured.")
+    if args.tail and args.autocast:
+        parser.error("--autocast is for networks: without --tail.")
     if args.processes < 1:
         parser.error(f"--processes {args.processes}: at least 1 is needed.")
     prepare(args.threads, args.keep_memory)
@@ -58,14 +61,20 @@ def main() -> None:
     cells = json.loads(out.read_text())["cells"] if out.exists() else {}
     grid = list(product(args.models, args.modes, batches, args.layouts, args.engines))
     for cell in tqdm(grid, desc="cells"):
-        name = " ".join(map(str, cell)) + ("" if args.tail else f" {args.size}") + " kept" * args.keep_memory
+        name = " ".join(map(str, cell)) + suffix_of(args)
         if args.again or name not in cells:
             model, mode, batch, layout, engine = cell
             what = (model, mode, batch, LAYOUTS[layout], engine == "compiled", args.size, rounds, args.device)
+            what = what if args.tail else (*what, args.autocast)
             runs = timed_in(args.processes, args.keep_memory, time_tails if args.tail else time_networks, *what)
             cells[name] = {**figures_of(runs), "environment": environment(args.device)}
             out.write_text(json.dumps({"cells": cells}, indent=2) + "\n")
     print(markdown(cells))
+
+
+def suffix_of(args: argparse.Namespace) -> str:
+    """Return what the names of all cells of a run end with."""
+    return ("" if args.tail else f" {args.size}") + " bf16" * args.autocast + " kept" * args.keep_memory
 
 
 def prepare(threads: int, memory_kept: bool) -> None:

@@ -28,11 +28,19 @@ class TestEngines:
         tail_of(Case(), make(Case(), torch.float32))
         assert taken == [(engine, "forward"), (engine, "backward")]
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_compiled_passes_taken(self, taken, dtype):
+    @pytest.mark.parametrize(
+        ("dtype", "vectors"),
+        [
+            (torch.float32, None),
+            (torch.float64, None),
+            (torch.bfloat16, None),
+            (torch.bfloat16, torch.float32),
+        ],
+    )
+    def test_compiled_passes_taken(self, taken, dtype, vectors):
         if not native.loaded():
             pytest.skip("the compiled passes are not built here")
-        made = make(Case(), dtype)
+        made = make(Case(), dtype, vectors)
         fused_tail(made["z"], made["shortcut"], weights_of(Case(), made, made)[0], True)
         assert taken == [("native", "forward")]
 
@@ -47,7 +55,7 @@ class TestEngines:
     @pytest.mark.parametrize(
         ("dtype", "vectors", "gate"),
         [
-            (torch.bfloat16, torch.bfloat16, torch.sigmoid),
+            (torch.bfloat16, torch.float64, torch.sigmoid),
             (torch.float16, torch.float32, torch.sigmoid),
             (torch.float32, torch.float64, torch.sigmoid),
             (torch.float32, torch.float32, nn.Hardsigmoid()),

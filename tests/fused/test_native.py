@@ -242,3 +242,65 @@ class TestPooledBefore:
         found, pooled, _ = native.forward(z, shortcut, weights, True, inplace)
         compare([found], [expected], dtype)
         assert pooled is given
+
+
+def assert_rounded_once(actual: Tensor, expected: Tensor) -> None:
+    """Compare each element of a map of bfloat16, which has eight digits, with what it would be unrounded."""
+    assert actual.dtype == torch.bfloat16
+    off = (actual.double() - expected).abs()
+    assert (off <= 2**-8 * expected.abs() + 2e-5 * expected.abs().max()).all()
+
+
+class TestBFloat16:
+    """Maps of half precision: what is computed is float32, and rounded once."""
+
+    @OF_BATCH
+    @pytest.mark.parametrize("vectors", [torch.float32, torch.bfloat16], ids=["mixed", "all half"])
+    @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+    @pytest.mark.parametrize(
+        ("shape", "add", "relu"),
+        [((3, 24, 31, 29), True, True), ((2, 130, 5, 7), True, False), ((1, 7, 17, 16), False, False)],
+        ids=str,
+    )
+    def test_is_the_tail(self, threads, shape, add, relu, layout, vectors, of_batch):
+        z, shortcut, grad = maps_of(shape, torch.bfloat16, layout, aligned=False)
+        weights = weights_of(shape, vectors, of_batch, 5)
+        exact, other = doubled(weights), shortcut if add else None
+        out, pooled, moments = passes.forward(z.double(), None if other is None else other.double(), exact, relu, False)
+        for inplace in (False, True):
+            own = weights_of(shape, vectors, of_batch, 5)
+            found = native.forward(z.clone() if inplace else z, other, own, relu, inplace)
+            assert_rounded_once(found[0], out)
+        if of_batch:
+            compare(found[2], moments, torch.float32)
+            for statistic, updated in zip(own.running[:2], exact.running[:2]):
+                assert statistic.dtype == vectors
+                torch.testing.assert_close(statistic, updated.to(vectors), rtol=2**-8, atol=1e-5)
+
+        given = out.bfloat16() if relu else None
+        wanted = [True, True, True, True, True, of_batch]
+        double = [t if t is None else t.double() for t in (grad, given, z)]
+        expected = passes.backward(*double, pooled, exact._replace(moments=moments), wanted)
+        own = own._replace(moments=Moments(*(t.float() for t in moments)))
+        actual = native.backward(grad, given, z, pooled.float(), own, wanted)
+        for a, e in zip(actual[:2], expected[:2]):
+            assert_rounded_once(a, e)
+        for a, e in zip(actual[2:], expected[2:]):
+            assert a.dtype == vectors
+            assert (a.double() - e).abs().max() <= (2e-5 if vectors == torch.float32 else 2**-8) * e.abs().max()
+
+    @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+    def test_rounds_as_pytorch_does(self, layout):
+        """With a mean of zero and a factor of one the tail is a sum, which float32 has exactly."""
+        half = torch.randn(1, 16, 40, 50, generator=torch.Generator().manual_seed(4)).bfloat16()
+        z = torch.cat([half, -half], 3).contiguous(memory_format=layout)
+        shortcut = (1.5 * torch.randn(z.shape, generator=torch.Generator().manual_seed(5)).bfloat16()).bfloat16()
+        shortcut[0, 3, 4, :5] = torch.tensor([float("inf"), -float("inf"), float("nan"), 3.39e38, -0.0]).bfloat16()
+        one, zero = torch.ones(16), torch.zeros(16)
+        weights = TailWeights(
+            torch.zeros(1, 1, 3), torch.sigmoid, 2 * one, zero, Moments(zero, one), None, None, 0.0
+        )  # the gate is a half
+        out = native.forward(z, shortcut.contiguous(memory_format=layout), weights, False, False)[0]
+        expected = (z.float() + shortcut.float()).bfloat16()
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+        assert out.isnan().sum() == 1

@@ -167,7 +167,7 @@ class TestOracle:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-    def test_half_precision(self, train, layout, dtype, vectors):
+    def test_half_precision(self, engine, train, layout, dtype, vectors):
         check(Case((4, 20, 6, 5), train=train, layout=layout, drop=True), dtype, vectors)
 
     @pytest.mark.parametrize("dtype", TOLERANCES)

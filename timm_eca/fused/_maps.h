@@ -1,11 +1,13 @@
 // Loops over maps: what is summed over the pixels of some channels of a sample, and what is written to them.
 //
-// Maps are (C, N), or (N, C) where `nhwc` is set, N being H * W; vectors are (C). Only _native.cpp includes this.
+// Maps are (C, N), or (N, C) where `nhwc` is set, N being H * W; vectors are (C). What is computed has the vectors' type
+// T, maps may be kept in another one, M. Only _native.cpp includes this.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -25,6 +27,27 @@ constexpr Index kLong = 256;      // elements of a row for which that pays
 constexpr Index kLine = 64;       // bytes of a cache line
 
 // ---- elements ----
+
+// The upper half of a float, rounded to nearest even.
+struct BFloat16 {
+  std::uint16_t bits;
+
+  operator float() const {
+    std::uint32_t wide = std::uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+
+  BFloat16& operator=(float value) {
+    std::uint32_t wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    std::uint32_t nan = -std::uint32_t(value != value);
+    wide = (wide | (nan & 0x400000)) + (~nan & (0x7fff + (wide >> 16 & 1)));
+    bits = std::uint16_t(wide >> 16);
+    return *this;
+  }
+};
 
 // What a row of an NCHW map has in place of a vector: one value.
 template <typename T> struct Everywhere {
@@ -61,20 +84,20 @@ template <typename T> struct Repeated {
 };
 
 // While a row is written, which is in the cache, the same row of the next sample, if one is given, comes from memory.
-template <typename T, typename F> void write_row(const T* next, Index from, Index n, F write) {
+template <typename M, typename F> void write_row(const M* next, Index from, Index n, F write) {
   if (next)
-    for (Index i = 0; i < n; i += kLine / Index(sizeof(T))) __builtin_prefetch(next + from + i, 0, 2);
+    for (Index i = 0; i < n; i += kLine / Index(sizeof(M))) __builtin_prefetch(next + from + i, 0, 2);
 #pragma omp simd
   for (Index c = 0; c < n; ++c) write(from + c, c);
 }
 
-template <typename T, typename F> void write_rows(const Grid& grid, const T* next, Index from, F write) {
+template <typename M, typename F> void write_rows(const Grid& grid, const M* next, Index from, F write) {
   for (Index i = 0; i <= grid.rows; ++i) write_row(next, from + i * grid.stride, grid.width_of(i), write);
 }
 
 // Calls write(at, c) for every element of some channels. make(vectors...) returns it, given what has the vectors at c.
-template <typename T, typename F, typename... V>
-void for_elements(const Shape& d, const T* next, Index c0, Index c1, F make, const V*... vectors) {
+template <typename M, typename F, typename... T>
+void for_elements(const Shape& d, const M* next, Index c0, Index c1, F make, const T*... vectors) {
   if (d.nhwc) {
     Grid grid(d, c0, c1);
     write_rows(grid, next, c0, make(Repeated<T>(vectors + c0, grid).data...));
@@ -165,14 +188,15 @@ void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T
 
 // ---- passes over some channels of a sample ----
 
-template <typename T> void pool(const T* z, const Shape& d, Index c0, Index c1, T* mean) {
+template <typename M, typename T> void pool(const M* z, const Shape& d, Index c0, Index c1, T* mean) {
   auto make = [=](auto) { return [=](Index at, Index, T& sum, T&) { sum += z[at]; }; };
-  sum_elements<kRowsAtOnce, false>(d, c0, c1, make, z, mean, mean);  // no vector is needed, and one sum
+  std::fill(mean + c0, mean + c1, T(0));
+  sum_elements<kRowsAtOnce, false>(d, c0, c1, make, mean, mean, mean);  // no vector is needed, and one sum
   for (Index c = c0; c < c1; ++c) mean[c] /= T(d.area);
 }
 
 // Mean of a row, and sum of squared deviations from it: squares of large means would cancel.
-template <typename T> void row_moments(const T* z, Index n, T* mean, T* square) {
+template <typename M, typename T> void row_moments(const M* z, Index n, T* mean, T* square) {
   sum_row<T>(0, n, [=](Index at, Index, T& sum, T&) { sum += z[at]; }, mean, nullptr);
   T m = *mean /= T(n);
   auto add = [=](Index at, Index, T& squares, T&) { squares += (z[at] - m) * (z[at] - m); };
@@ -180,7 +204,9 @@ template <typename T> void row_moments(const T* z, Index n, T* mean, T* square) 
 }
 
 // The same of NHWC maps, which are read once: deviations are from the first pixel, and that is put right.
-template <typename T> void pixel_moments(const T* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
+template <typename M, typename T>
+void pixel_moments(const M* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
+  std::vector<T> pixel(z, z + d.channels);
   auto make = [=](auto first) {
     return [=](Index at, Index c, T& sum, T& squares) {
       T v = z[at] - first[c];
@@ -188,15 +214,16 @@ template <typename T> void pixel_moments(const T* z, const Shape& d, Index c0, I
       squares += v * v;
     };
   };
-  sum_elements<kRowsAtOnce, true>(d, c0, c1, make, z, mean, square);
+  sum_elements<kRowsAtOnce, true>(d, c0, c1, make, pixel.data(), mean, square);
   for (Index c = c0; c < c1; ++c) {
     T off = mean[c] / T(d.area);
     square[c] -= off * mean[c];
-    mean[c] = z[c] + off;
+    mean[c] = pixel[c] + off;
   }
 }
 
-template <typename T> void moments(const T* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
+template <typename M, typename T>
+void moments(const M* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
   if (d.nhwc) return pixel_moments(z, d, c0, c1, mean, square);
   for (Index c = c0; c < c1; ++c) row_moments(z + c * d.area, d.area, mean + c, square + c);
 }
@@ -204,27 +231,28 @@ template <typename T> void moments(const T* z, const Shape& d, Index c0, Index c
 enum class Add { kNothing, kOther, kScaledOther };
 
 // out = (z - centre) * scale + offset, plus other (times gain), after ReLU. NaN stays NaN.
-template <typename T, Add kAdd, bool kRelu>
-void affine(const T* z, const T* other, T* out, const T* centre, const T* scale, const T* offset, const T* gain,
-            const T* next, const Shape& d, Index c0, Index c1) {
+template <typename M, typename T, Add kAdd, bool kRelu>
+void affine(const M* z, const M* other, M* out, const T* centre, const T* scale, const T* offset, const T* gain,
+            const M* next, const Shape& d, Index c0, Index c1) {
   auto make = [=](auto m, auto a, auto h, auto g) {
     return [=](Index at, Index c) {
       T y = (z[at] - m[c]) * a[c] + h[c];
       if (kAdd == Add::kOther) y += other[at];
       if (kAdd == Add::kScaledOther) y += other[at] * g[c];
-      out[at] = kRelu && y < T(0) ? T(0) : y;
+      if (kRelu) y = y < T(0) ? T(0) : y;
+      out[at] = y;
     };
   };
   for_elements(d, next, c0, c1, make, centre, scale, offset, gain);
 }
 
 // g = grad where out is above zero, if there was a ReLU; sums of g * (z - centre) and of g, or of grad.
-template <typename T, bool kRelu>
-void dots(const T* grad, const T* out, const T* z, T* g, const T* centre, T* dots, T* total, const Shape& d, Index c0,
+template <typename M, typename T, bool kRelu>
+void dots(const M* grad, const M* out, const M* z, M* g, const T* centre, T* dots, T* total, const Shape& d, Index c0,
           Index c1) {
   auto make = [=](auto m) {
     return [=](Index at, Index c, T& dot, T& sum) {
-      T v = kRelu && !(out[at] > T(0)) ? T(0) : grad[at];
+      T d = grad[at], v = kRelu && !(out[at] > T(0)) ? T(0) : d;
       if (kRelu) g[at] = v;
       dot += v * (z[at] - m[c]);
       sum += v;
@@ -234,13 +262,13 @@ void dots(const T* grad, const T* out, const T* z, T* g, const T* centre, T* dot
 }
 
 // dz = g * scale + (z - centre) * slope + shift
-template <typename T>
-void map_grad(const T* g, const T* z, T* dz, const T* scale, const T* centre, const T* slope, const T* shift,
+template <typename M, typename T>
+void map_grad(const M* g, const M* z, M* dz, const T* scale, const T* centre, const T* slope, const T* shift,
               const Shape& d, Index c0, Index c1) {
   auto make = [=](auto a, auto m, auto s, auto h) {
     return [=](Index at, Index c) { dz[at] = g[at] * a[c] + (z[at] - m[c]) * s[c] + h[c]; };
   };
-  for_elements<T>(d, nullptr, c0, c1, make, scale, centre, slope, shift);
+  for_elements<M>(d, nullptr, c0, c1, make, scale, centre, slope, shift);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The passes of a fused tail for CPUs: one read of a map for its statistics, one for the result, vectors in between.
 //
 // formula.py has the formula and the names, _maps.h the loops over one sample. Maps are (B, C, N), or (B, N, C) where
-// `nhwc` is set, N being H * W; vectors are (B, C) or (C). No Python and no PyTorch header is needed: pointers and
-// sizes come by ctypes from native.py.
+// `nhwc` is set, N being H * W; vectors are (B, C) or (C). Maps are of type M, vectors and what is computed of type T.
+// No Python and no PyTorch header is needed: pointers and sizes come by ctypes from native.py.
 
 #include <algorithm>
 #include <cmath>
@@ -157,8 +157,9 @@ void update_running(const Shape& d, const T* mean, const T* var, T* running_mean
 }
 
 // What is added to a map: nothing where the map is null, and through its norm unless it has no moments.
-template <typename T> struct Other {
-  const T *map, *gamma, *beta, *mean, *var;
+template <typename M, typename T> struct Other {
+  const M* map;
+  const T *gamma, *beta, *mean, *var;
   T eps;
 
   // The norm's factor, and what it adds on top of that of each sample.
@@ -166,22 +167,22 @@ template <typename T> struct Other {
   T shift(Index c, T gain) const { return (beta ? beta[c] : T(0)) - mean[c] * gain; }
 };
 
-template <typename T>
-void apply(const T* z, const Other<T>& other, T* out, const T* centre, const T* scale, const T* offset, const T* gain,
-           const T* next, const Shape& d, Index b, Index c0, Index c1, bool relu) {
+template <typename M, typename T>
+void apply(const M* z, const Other<M, T>& other, M* out, const T* centre, const T* scale, const T* offset,
+           const T* gain, const M* next, const Shape& d, Index b, Index c0, Index c1, bool relu) {
   Index at = b * d.channels * d.area, v = b * d.channels;
-  auto run = !other.map ? (relu ? affine<T, Add::kNothing, true> : affine<T, Add::kNothing, false>)
-             : other.mean ? (relu ? affine<T, Add::kScaledOther, true> : affine<T, Add::kScaledOther, false>)
-                          : (relu ? affine<T, Add::kOther, true> : affine<T, Add::kOther, false>);
-  const T* added = other.map ? other.map + at : nullptr;
+  auto run = !other.map ? (relu ? affine<M, T, Add::kNothing, true> : affine<M, T, Add::kNothing, false>)
+             : other.mean ? (relu ? affine<M, T, Add::kScaledOther, true> : affine<M, T, Add::kScaledOther, false>)
+                          : (relu ? affine<M, T, Add::kOther, true> : affine<M, T, Add::kOther, false>);
+  const M* added = other.map ? other.map + at : nullptr;
   run(z + at, added, out + at, centre + v, scale + v, offset + v, gain, next, d, c0, c1);
 }
 
 enum class Read : Index { kNothing, kPool, kMoments };
 
 // What is read of z is not given. Without out the result is what would make it: scale and offset, else null.
-template <typename T>
-void forward(const Shape& d, const T* z, const Other<T>& other, T* out, const Weights<T>& w, T* mean, T* var,
+template <typename M, typename T>
+void forward(const Shape& d, const M* z, const Other<M, T>& other, M* out, const Weights<T>& w, T* mean, T* var,
              T* pooled, T* scale, T* offset, Read reading, bool relu) {
   Index channels = d.channels, vectors = d.batch * channels;
   std::unique_ptr<T[]> space(new T[3 * channels + (out ? 2 * vectors : 0)]);
@@ -202,7 +203,7 @@ void forward(const Shape& d, const T* z, const Other<T>& other, T* out, const We
     if (other.mean)
       for (Index c = 0; c < channels; ++c) offset[v + c] += other.shift(c, gain[c]);
   };
-  auto write = [=](const T* next, Index b, Index c0, Index c1) {
+  auto write = [=](const M* next, Index b, Index c0, Index c1) {
     if (out) apply(z, other, out, pooled, scale, offset, gain, next, d, b, c0, c1, relu);
   };
   if (reading != Read::kMoments && d.batch >= d.threads) {  // a sample at a time: its second read is from the cache
@@ -252,8 +253,8 @@ void gate_grads(const Weights<T>& w, const T* norm, const T* pooled, Index chann
 
 // Without grad its dots and total are given, and the result is what would make dz: scale, slope, and shift in place of
 // total. With it these are null.
-template <typename T>
-void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* dz, const Weights<T>& w,
+template <typename M, typename T>
+void backward(const Shape& d, const M* grad, const M* out, const M* z, M* g, M* dz, const Weights<T>& w,
               const T* pooled, T* dgamma, T* dbeta, T* dkernel, T* dot, T* total, T* scale, T* slope, bool of_batch) {
   Index channels = d.channels, vectors = d.batch * channels;
   std::unique_ptr<T[]> space(new T[vectors + 3 * channels + d.batch * w.size + (grad ? 3 * vectors + channels : 0)]);
@@ -265,7 +266,7 @@ void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* 
   norm_of(w, channels, inverse, norm);
   auto sum = [=](Index b, Index c0, Index c1) {
     Index v = b * channels, at = v * d.area;
-    auto run = out ? dots<T, true> : dots<T, false>;
+    auto run = out ? dots<M, T, true> : dots<M, T, false>;
     run(grad + at, out ? out + at : nullptr, z + at, out ? g + at : nullptr, pooled + v, dot + v, total + v, d, c0, c1);
   };
   auto grads = [=](Index b) {
@@ -278,7 +279,7 @@ void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* 
     for (Index c = 0, v = b * channels; c < channels; ++c, ++v)
       shift[v] = (dq[v] * norm[c] - scale[v] * total[v]) / T(d.area) + common[c];
   };
-  const T* masked = out ? g : grad;
+  const M* masked = out ? g : grad;
   auto write = [=](Index b, Index c0, Index c1) {
     Index v = b * channels, at = v * d.area;
     map_grad(masked + at, z + at, dz + at, scale + v, w.mean, slope, shift + v, d, c0, c1);
@@ -316,14 +317,14 @@ void backward(const Shape& d, const T* grad, const T* out, const T* z, T* g, T* 
 
 // ---- calls: what native.py packs, field by field ----
 
-template <typename T> struct Forward {
+template <typename M, typename T> struct Forward {
   Shape shape;
   Index size;
   Read reading;
   Index relu;
   double eps, factor, other_eps;
-  const T *z, *other;
-  T* out;
+  const M *z, *other;
+  M* out;
   const T *gamma, *beta, *kernel;
   T *mean, *var;
   const T* drop;
@@ -333,26 +334,26 @@ template <typename T> struct Forward {
 
   void run() const {
     Weights<T> weights{gamma, beta, kernel, mean, var, drop, size, T(eps)};
-    Other<T> added{other, other_gamma, other_beta, other_mean, other_var, T(other_eps)};
+    Other<M, T> added{other, other_gamma, other_beta, other_mean, other_var, T(other_eps)};
     std::vector<T> unkept(pooled ? 0 : shape.batch * shape.channels);
     T* pool = pooled ? pooled : unkept.data();
-    forward<T>(shape, z, added, out, weights, mean, var, pool, scale, offset, reading, relu);
+    forward<M, T>(shape, z, added, out, weights, mean, var, pool, scale, offset, reading, relu);
     if (running_mean) update_running(shape, mean, var, running_mean, running_var, factor);
   }
 };
 
-template <typename T> struct Backward {
+template <typename M, typename T> struct Backward {
   Shape shape;
   Index size, of_batch, unused;
   double eps;
-  const T *grad, *out, *z;
-  T *masked, *dz;
+  const M *grad, *out, *z;
+  M *masked, *dz;
   const T *gamma, *beta, *kernel, *mean, *var, *drop, *pooled;
   T *dgamma, *dbeta, *dkernel, *dot, *total, *scale, *slope;
 
   void run() const {
     Weights<T> weights{gamma, beta, kernel, mean, var, drop, size, T(eps)};
-    backward<T>(shape, grad, out, z, masked, dz, weights, pooled, dgamma, dbeta, dkernel, dot, total, scale, slope,
+    backward<M, T>(shape, grad, out, z, masked, dz, weights, pooled, dgamma, dbeta, dkernel, dot, total, scale, slope,
                 of_batch);
   }
 };
@@ -360,8 +361,10 @@ template <typename T> struct Backward {
 }  // namespace
 
 extern "C" {
-void tail_forward_f32(const Forward<float>* call) { call->run(); }
-void tail_forward_f64(const Forward<double>* call) { call->run(); }
-void tail_backward_f32(const Backward<float>* call) { call->run(); }
-void tail_backward_f64(const Backward<double>* call) { call->run(); }
+void tail_forward_f32(const Forward<float, float>* call) { call->run(); }
+void tail_forward_f64(const Forward<double, double>* call) { call->run(); }
+void tail_forward_bf16(const Forward<BFloat16, float>* call) { call->run(); }
+void tail_backward_f32(const Backward<float, float>* call) { call->run(); }
+void tail_backward_f64(const Backward<double, double>* call) { call->run(); }
+void tail_backward_bf16(const Backward<BFloat16, float>* call) { call->run(); }
 }

@@ -16,7 +16,10 @@ from .formula import Moments, TailWeights, layout_of
 
 __all__ = ["backward", "forward", "gains", "gains_backward", "loaded", "takes"]
 
-_NAMES = {torch.float32: "f32", torch.float64: "f64"}
+_NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+# What the passes compute with, by the type of a map, and what it may come in.
+_VECTORS = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
+_GIVEN = {dtype: (of_vectors, dtype) for dtype, of_vectors in _VECTORS.items()}
 # A call's arguments travel as one struct: packing it costs a fraction of converting them one by one.
 _FORWARD = Struct("8q3d18P")
 _BACKWARD = Struct("8q1d19P")
@@ -49,14 +52,18 @@ def loaded() -> bool:
 
 
 def takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
-    """Whether the compiled passes take a map, a shortcut and vectors: on the CPU, all float32 or all float64."""
+    """Whether the compiled passes take a map, a shortcut and vectors: on the CPU, of one type.
+
+    That is float32, float64, or bfloat16, of which the vectors may be float32.
+    """
     dtype = z.dtype
     if ("forward", dtype) not in _functions or not z.is_cpu:
         return False
+    given = _GIVEN[dtype]
     kernel, _, weight, bias, moments, running, drop, _, shortcut_norm, pooled = weights
     mean, var = moments or (running[:2] if running else (None, None))
     for t in (kernel, weight, bias, mean, var, drop, pooled, *(shortcut_norm or _NO_NORM)[:4]):
-        if t is not None and not (t.dtype == dtype and t.is_cpu and t.is_contiguous()):
+        if t is not None and not (t.dtype in given and t.is_cpu and t.is_contiguous()):
             return False
     return shortcut is None or (shortcut.dtype == dtype and shortcut.is_cpu and shortcut.shape == z.shape)
 
@@ -67,7 +74,7 @@ def forward(
     """As `passes.forward`. In place, z is not pooled for a backward pass."""
     out, pooled = z, weights.pooled
     if not inplace:
-        out, pooled = torch.empty_like(z), z.new_empty(z.shape[:2]) if pooled is None else pooled
+        out, pooled = torch.empty_like(z), _vector(z, z.shape[:2]) if pooled is None else pooled
     if shortcut is not None:
         shortcut = shortcut.contiguous(memory_format=layout_of(z))
     return out, pooled, _forward(z, shortcut, out, weights, relu, pooled)
@@ -75,7 +82,7 @@ def forward(
 
 def gains(z: Tensor, weights: TailWeights) -> tuple[Tensor, Moments, Tensor, Tensor]:
     """As `formula.gains_of_map`."""
-    pooled, scale, offset = (z.new_empty(z.shape[:2]) for _ in range(3))
+    pooled, scale, offset = (_vector(z, z.shape[:2]) for _ in range(3))
     return pooled, _forward(z, None, None, weights, False, pooled, (scale, offset)), scale, offset
 
 
@@ -89,14 +96,18 @@ def _forward(
     gains: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Moments:
     """Return the moments. The map is made, out, or, where that is None, the vectors that would make it."""
-    kernel, _, weight, bias, given, running, drop, eps, shortcut_norm, known = weights
-    moments = given or Moments(z.new_empty(z.shape[1]), z.new_empty(z.shape[1]))
+    wide = _widened(weights, z.dtype)
+    kernel, _, weight, bias, given, running, drop, eps, shortcut_norm, known = wide
+    moments = given or Moments(_vector(z, z.shape[1]), _vector(z, z.shape[1]))
     reading = _MOMENTS if given is None else _POOL if known is None else _NOTHING
     *kept, factor = running or (None, None, 0.0)
     *of_shortcut, shortcut_eps = shortcut_norm or _NO_NORM
     tensors = (z, shortcut, out, weight, bias, kernel, *moments, drop, pooled, *kept, *of_shortcut, *gains)
     sizes = (*_sizes(z, not z.is_contiguous()), kernel.numel(), reading, relu)
     _functions["forward", z.dtype](_FORWARD.pack(*sizes, eps, factor, shortcut_eps, *map(_address, tensors)))
+    if wide is not weights and weights.running and running:
+        for statistic, updated in zip(weights.running[:2], running[:2]):
+            statistic.copy_(updated)
     return moments
 
 
@@ -107,7 +118,10 @@ def backward(
     masked = grad if out is None else torch.empty_like(z)
     dz = torch.empty_like(z) if wanted[0] else None
     maps = (grad, out, z, masked, dz)
-    d_weights = _backward(_sizes(z, not z.is_contiguous()), maps, pooled, weights, wanted[5])
+    d_weights = _backward(_sizes(z, not z.is_contiguous()), maps, pooled, _widened(weights, z.dtype), wanted[5])
+    if z.dtype != pooled.dtype:
+        of = (weights.weight, weights.bias, weights.kernel)
+        d_weights = [d if t is None else d.to(t.dtype) for d, t in zip(d_weights, of)]
     return [gradient if want else None for gradient, want in zip((dz, masked, *d_weights), wanted)]
 
 
@@ -148,8 +162,24 @@ def _backward(
     d_weights = [torch.empty_like(t) for t in (*moments, kernel)]
     tensors = (*maps, weight, bias, kernel, *moments, drop, pooled, *d_weights, *(vectors or _NO_VECTORS))
     sizes = (*sizes, kernel.numel(), of_batch, False)
-    _functions["backward", kernel.dtype](_BACKWARD.pack(*sizes, eps, *map(_address, tensors)))
+    dtype = kernel.dtype if maps[0] is None else maps[0].dtype
+    _functions["backward", dtype](_BACKWARD.pack(*sizes, eps, *map(_address, tensors)))
     return d_weights
+
+
+def _widened(weights: TailWeights, dtype: torch.dtype) -> TailWeights:
+    """Return what a tail computes with in the type that the passes compute in; for half precision anew."""
+    return weights if _VECTORS[dtype] == dtype else _wide(weights)
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return type(value)(*map(_wide, value))
+    return value.float() if isinstance(value, Tensor) else value
+
+
+def _vector(z: Tensor, shape: Any) -> Tensor:
+    return z.new_empty(shape, dtype=_VECTORS[z.dtype])
 
 
 def _sizes(z: Tensor, nhwc: bool) -> tuple[int, ...]:

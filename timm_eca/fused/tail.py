@@ -28,7 +28,8 @@ def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: b
 
 def graph_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
     """Compute `tail_formula` in what `torch.compile` takes into one graph."""
-    of_operator = torch.is_grad_enabled() and weights.gate is torch.sigmoid and native.takes(z, shortcut, weights)
+    whole = z.dtype in (torch.float32, torch.float64) and weights.gate is torch.sigmoid
+    of_operator = torch.is_grad_enabled() and whole and native.takes(z, shortcut, weights)
     gains_of = operator_gains if of_operator else gains_of_map
     return tail_formula(z, shortcut, weights, relu, gains_of)
 
