@@ -145,6 +145,12 @@ def fused_calls(monkeypatch):
     return made
 
 
+@pytest.fixture
+def all_maps_large(monkeypatch):
+    """Have tails of compiled models fused that are smaller than where it pays in training."""
+    monkeypatch.setattr("timm_eca.fused.blocks._SMALL", 0)
+
+
 @pytest.fixture(params=["native", "gpu", "passes"])
 def engine(request, monkeypatch):
     """Make the passes of one engine be taken by fused tails; the others' are not called.

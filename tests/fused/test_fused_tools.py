@@ -58,7 +58,7 @@ class TestTools:
         assert not fused_calls
 
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-    def test_compile(self, train):
+    def test_compile(self, all_maps_large, train):
         model = small(layers=(1, 2)[:1] * 3 + (2,)).double().train(train)
         plain = plain_twin(model)
         torch._dynamo.reset()
@@ -68,7 +68,7 @@ class TestTools:
         assert_same(actual, expected)
 
     @compiler_calls_blocks
-    def test_compiled_tails_have_no_norm(self):
+    def test_compiled_tails_have_no_norm(self, all_maps_large):
         model = small().eval()
         graphs = []
         torch._dynamo.reset()

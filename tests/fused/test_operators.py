@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_models import assert_same, blocks_of, compiler_calls_blocks, pixels, plain_twin, small, step
-from timm_eca.fused import native
+from timm_eca.fused import blocks, native
 from timm_eca.fused.formula import Moments, Running, TailWeights, tail_formula
 from timm_eca.fused.operators import operator_gains
 
@@ -131,12 +131,19 @@ def graph_of(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
     return targets
 
 
+@pytest.mark.usefixtures("all_maps_large")
 class TestGraphs:
     @compiler_calls_blocks
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
     def test_graph_calls_it_once_a_block(self, train):
         model = small(drop_path_rate=0.3).train(train)
         assert sum("timm_eca.gains" in target for target in graph_of(model, torch.float32)) == len(blocks_of(model))
+
+    @compiler_calls_blocks
+    def test_small_maps_are_the_compilers(self, monkeypatch):
+        model = small(layers=(1, 1, 1, 1)).train()
+        monkeypatch.setattr(blocks, "_SMALL", 2 * 48 * 8 * 8)  # what the second of its four blocks has
+        assert sum("timm_eca.gains" in target for target in graph_of(model, torch.float32)) == 2
 
     def test_inference_is_the_compilers(self):
         with torch.no_grad():

@@ -18,6 +18,8 @@ __all__ = ["fuse_", "fuse_blocks_", "unfuse_"]
 
 _ModelT = TypeVar("_ModelT", bound=nn.Module)
 
+_SMALL = 1 << 18  # elements of a map that a compiled model trains on
+
 _RESNET = frozenset({"drop_path", "downsample"})
 _MBCONV = frozenset({"drop_path", "has_skip"})
 
@@ -172,7 +174,8 @@ def _fused_forward(block: Any, parts: Parts, x: Tensor) -> Tensor:
     pooled = _pooled(parts, u)
     z = parts.conv(u)
     adds = getattr(block, "has_skip", True)
-    if not map_fits(z, parts.norm.of_batch) or (adds and parts.downsample is None and not _alike(z, shortcut)):
+    fits = map_fits(z, parts.norm.of_batch) and not (adds and parts.downsample is None and not _alike(z, shortcut))
+    if not fits or _for_compilers(z):
         return block._halves.tail(block, z, shortcut)
     weights = _weights(parts, z, adds, pooled)
     if parts.downsample is not None:
@@ -182,6 +185,11 @@ def _fused_forward(block: Any, parts: Parts, x: Tensor) -> Tensor:
     tail = graph_tail if torch.compiler.is_compiling() else fused_tail
     out = tail(z, shortcut if adds else None, weights, relu)
     return out if relu or parts.act is None else parts.act(out)
+
+
+def _for_compilers(z: Tensor) -> bool:
+    """Whether a compiler does better on the plain operations: training on small maps takes less than operators do."""
+    return torch.compiler.is_compiling() and torch.is_grad_enabled() and z.is_cpu and z.numel() < _SMALL
 
 
 def _alike(z: Tensor, shortcut: Tensor) -> bool:
