@@ -3,11 +3,13 @@ import pickle
 
 import pytest
 import torch
+from timm.layers import DropPath, freeze_batch_norm_2d
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_models import (
+    ECA,
     MODELS,
     assert_same,
     blocks_of,
@@ -18,6 +20,12 @@ from fused_models import (
     small,
     step,
 )
+
+REPLACED = {
+    "gate": lambda block: setattr(block.attn_last, "gate", nn.Tanh()),
+    "drop path": lambda block: setattr(block, "drop_path", DropPath(0.5)),
+    "norm": lambda block: setattr(block, block._rule.norm, freeze_batch_norm_2d(getattr(block, block._rule.norm))),
+}
 
 
 class TestTools:
@@ -78,6 +86,21 @@ class TestTools:
         (graph,) = graphs
         norms = sum("batch_norm" in str(node.target) for node in graph.graph.nodes)
         assert norms == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) - len(blocks_of(model))
+
+    @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+    @pytest.mark.parametrize("place", REPLACED)
+    def test_compiled_block_gets_another_module(self, all_maps_large, place, train):
+        model = create("mobilenetv2_050", **ECA).double().train(train)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        compiled(pixels())
+        for block in blocks_of(model):
+            REPLACED[place](block)
+        plain = plain_twin(model)
+        torch.manual_seed(0)
+        actual = compiled(pixels())
+        torch.manual_seed(0)
+        torch.testing.assert_close(actual, plain(pixels()), rtol=1e-9, atol=1e-9)
 
     def test_compile_of_a_block(self):
         model = small().eval()

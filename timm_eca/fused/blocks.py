@@ -18,7 +18,7 @@ __all__ = ["fuse_", "fuse_blocks_", "unfuse_"]
 
 _ModelT = TypeVar("_ModelT", bound=nn.Module)
 
-_SMALL = 1 << 18  # elements of a map that a compiled model trains on
+_SMALL = 1 << 18  # elements of a map; in training a compiler gets the tails of smaller ones as they are
 
 _RESNET = frozenset({"drop_path", "downsample"})
 _MBCONV = frozenset({"drop_path", "has_skip"})

@@ -147,8 +147,6 @@ class Facts(NamedTuple):
     fit: bool
     frozen: bool = False
     sigmoid: bool = False
-    drops: bool = False
-    downsamples: bool = False
     shortcut_norm: bool = False
     shortcut_frozen: bool = False
 
@@ -163,27 +161,29 @@ def _facts(block: Any) -> Facts:
         fit=True,
         frozen=parts.norm.frozen,
         sigmoid=parts.gate is torch.sigmoid,
-        drops=parts.drop_path is not None,
-        downsamples=parts.downsample is not None,
         shortcut_norm=last is not None,
         shortcut_frozen=last is not None and last.frozen,
     )
 
 
 def graph_parts(block: Any, rule: TailRule) -> Parts | None:
-    """As `find_parts`, of a block that a compiler makes a graph of: with the tensors themselves, which it follows."""
+    """As `find_parts`, of a block that a compiler makes a graph of: with the tensors themselves, which it follows.
+
+    Of each module at least the class is asked for, so that a graph is not run for a block that has got another one.
+    """
     facts = _facts(block)
     if not facts.fit:
         return None
     modules = block._modules
     inner = modules[rule.attn]._modules
-    downsample: Any = modules["downsample"] if facts.downsamples else None
+    gate, drop_path = inner["gate"], block.drop_path
+    downsample: Any = block.downsample if "downsample" in rule.rest else None
     return Parts(
         conv=modules[rule.conv],
         norm=_norm_now(modules[rule.norm], facts.frozen),
         kernel=_now(inner["conv"], "weight"),
-        gate=torch.sigmoid if facts.sigmoid else inner["gate"],
-        drop_path=block.drop_path if facts.drops else None,
+        gate=torch.sigmoid if isinstance(gate, nn.Module) and facts.sigmoid else gate,
+        drop_path=drop_path if isinstance(drop_path, DropPath) else None,
         downsample=downsample,
         shortcut_norm=_norm_now(downsample[-1], facts.shortcut_frozen) if facts.shortcut_norm else None,
         act=modules[rule.act] if rule.act else None,

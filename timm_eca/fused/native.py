@@ -107,7 +107,8 @@ def _forward(
     _functions["forward", z.dtype](_FORWARD.pack(*sizes, eps, factor, shortcut_eps, *map(_address, tensors)))
     if wide is not weights and weights.running and running:
         for statistic, updated in zip(weights.running[:2], running[:2]):
-            statistic.copy_(updated)
+            if updated is not statistic:
+                statistic.copy_(updated)
     return moments
 
 
