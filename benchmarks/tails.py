@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from measure import Timed, alternate
 from systems import create
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_eca.fused import blocks
+from timm_eca.fused import blocks, forward
 
 __all__ = ["time_tails"]
 
@@ -63,6 +63,8 @@ def distinct_tails(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, 
         model(torch.zeros(1, 3, size, size))
     for hook in hooks:
         hook.remove()
+    for block in found:
+        block.downsample = None  # the shortcuts are those that have been through it
     kinds = [(*pair, getattr(block, "has_skip", True)) for block, pair in zip(found, shapes)]
     for kind in dict.fromkeys(kinds):
         yield found[kinds.index(kind)], [torch.Size([batch, *shape[1:]]) for shape in kind[:2]], kinds.count(kind)
@@ -112,12 +114,12 @@ def eca(block: Any, u: Tensor, z: Tensor, shortcut: Tensor | None) -> Tensor:
 
 
 def fused(block: Any, u: Tensor, z: Tensor, shortcut: Tensor | None) -> Tensor:
-    """The same at once."""
-    parts = blocks._fitting_parts(block, z)  # the looking is part of the price
-    assert parts is not None
-    weights = blocks._weights(parts, z, shortcut is not None, blocks._pooled(parts, u))
-    tail = blocks.graph_tail if torch.compiler.is_compiling() else blocks.fused_tail
-    return tail(z, shortcut, weights, type(parts.act) is nn.ReLU)
+    """The same at once; of a compiler it is the one before where that is what a block gives it."""
+    compiling = torch.compiler.is_compiling()
+    parts = (blocks._graph_parts if compiling else blocks._fitting_parts)(block, z)  # the looking is part of the price
+    tail = forward.compiled_tail if compiling else forward.eager_tail
+    out = tail(parts, z, shortcut, forward.mean_before(parts, u) if parts.pools else None)
+    return eca(block, u, z, shortcut) if out is None else out
 
 
 def finish(block: Any, x: Tensor, shortcut: Tensor | None) -> Tensor:

@@ -78,7 +78,7 @@ class TestEngines:
         monkeypatch.setattr(native, "_functions", {})
         assert not native.loaded()
         assert (
-            tail._engine(
+            tail.engine_of(
                 torch.ones(1, 1, 1, 1),
                 None,
                 weights_of(Case(), make(Case(), torch.float32), make(Case(), torch.float32))[0],

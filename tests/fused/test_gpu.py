@@ -200,7 +200,7 @@ class TestTakes:
         made = make(Case(), torch.float32)
         weights, _ = weights_of(Case(), made, made)
         assert not gpu.takes(made["z"], made["shortcut"], weights)
-        assert tail._engine(made["z"].half(), None, weights) is passes
+        assert tail.engine_of(made["z"].half(), None, weights) is passes
 
     @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
     def test_where_triton_cannot_compile(self):
@@ -214,7 +214,7 @@ class TestTakes:
     def test_gpu(self):
         made = {name: on(DEVICE, t) for name, t in make(Case(), torch.float32).items()}
         weights, _ = weights_of(Case(), made, made)
-        assert tail._engine(made["z"], made["shortcut"], weights) is gpu
+        assert tail.engine_of(made["z"], made["shortcut"], weights) is gpu
         assert not gpu.takes(made["z"], made["shortcut"].half(), weights)
         assert not gpu.takes(made["z"], made["shortcut"], on("cpu", weights))
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from fused_models import pixels
 from timm_eca import fuse_
-from timm_eca.fused import blocks, pooled
+from timm_eca.fused import forward, pooled
 from timm_eca.fused.pooled import pooled_before
 from timm_eca.layers import EcaLayer
 
@@ -30,7 +30,7 @@ def found(monkeypatch):
         found.append(pooled_before(conv, u))
         return found[-1]
 
-    monkeypatch.setattr(blocks, "pooled_before", watch)
+    monkeypatch.setattr(forward, "pooled_before", watch)
     return found
 
 

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from fused_models import MODELS, blocks_of, create, pixels, plain_twin, small
 from tail_cases import ON_CPU
-from timm_eca.fused import blocks, fuse_
+from timm_eca.fused import forward, fuse_
 
 NAMES = [name for name in MODELS if "resne" in name]
 
@@ -18,12 +18,12 @@ def norms_taken(monkeypatch):
     """For each fused tail, whether it was given a norm of the shortcut."""
     taken = []
 
-    def watch(z, shortcut, weights, relu):
+    def watch(z, shortcut, weights, *args):
         taken.append(weights.shortcut_norm is not None)
-        return tail(z, shortcut, weights, relu)
+        return tail(z, shortcut, weights, *args)
 
-    tail = blocks.fused_tail
-    monkeypatch.setattr(blocks, "fused_tail", watch)
+    tail = forward.fused_tail
+    monkeypatch.setattr(forward, "fused_tail", watch)
     return taken
 
 

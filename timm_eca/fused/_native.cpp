@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -317,12 +318,38 @@ void backward(const Shape& d, const M* grad, const M* out, const M* z, M* g, M* 
 
 // ---- calls: what native.py packs, field by field ----
 
+// What finds a tensor's elements by its Python object, which is PyTorch's own function. With it tensors come as objects,
+// and none is what stands for no tensor; without it they come as addresses of their elements, or null.
+struct Finder {
+  void* (*data_of)(void*);
+  void* none;
+
+  // Puts addresses in place of the objects in the pointers that a struct ends with, from `first` on.
+  void find(char* first, const char* end) const {
+    if (!data_of) return;
+    for (; first != end; first += sizeof(void*)) {
+      void* tensor;
+      std::memcpy(&tensor, first, sizeof tensor);
+      tensor = tensor == none ? nullptr : data_of(tensor);
+      std::memcpy(first, &tensor, sizeof tensor);
+    }
+  }
+};
+
+template <typename Call> void run(const Call* packed) {
+  Call call = *packed;
+  char* start = reinterpret_cast<char*>(&call);
+  call.finder.find(start + Call::kTensors, start + sizeof call);
+  call.run();
+}
+
 template <typename M, typename T> struct Forward {
   Shape shape;
   Index size;
   Read reading;
   Index relu;
   double eps, factor, other_eps;
+  Finder finder;
   const M *z, *other;
   M* out;
   const T *gamma, *beta, *kernel;
@@ -340,12 +367,15 @@ template <typename M, typename T> struct Forward {
     forward<M, T>(shape, z, added, out, weights, mean, var, pool, scale, offset, reading, relu);
     if (running_mean) update_running(shape, mean, var, running_mean, running_var, factor);
   }
+
+  static constexpr std::size_t kTensors = offsetof(Forward, z);
 };
 
 template <typename M, typename T> struct Backward {
   Shape shape;
   Index size, of_batch, unused;
   double eps;
+  Finder finder;
   const M *grad, *out, *z;
   M *masked, *dz;
   const T *gamma, *beta, *kernel, *mean, *var, *drop, *pooled;
@@ -356,15 +386,17 @@ template <typename M, typename T> struct Backward {
     backward<M, T>(shape, grad, out, z, masked, dz, weights, pooled, dgamma, dbeta, dkernel, dot, total, scale, slope,
                 of_batch);
   }
+
+  static constexpr std::size_t kTensors = offsetof(Backward, grad);
 };
 
 }  // namespace
 
 extern "C" {
-void tail_forward_f32(const Forward<float, float>* call) { call->run(); }
-void tail_forward_f64(const Forward<double, double>* call) { call->run(); }
-void tail_forward_bf16(const Forward<BFloat16, float>* call) { call->run(); }
-void tail_backward_f32(const Backward<float, float>* call) { call->run(); }
-void tail_backward_f64(const Backward<double, double>* call) { call->run(); }
-void tail_backward_bf16(const Backward<BFloat16, float>* call) { call->run(); }
+void tail_forward_f32(const Forward<float, float>* call) { run(call); }
+void tail_forward_f64(const Forward<double, double>* call) { run(call); }
+void tail_forward_bf16(const Forward<BFloat16, float>* call) { run(call); }
+void tail_backward_f32(const Backward<float, float>* call) { run(call); }
+void tail_backward_f64(const Backward<double, double>* call) { run(call); }
+void tail_backward_bf16(const Backward<BFloat16, float>* call) { run(call); }
 }

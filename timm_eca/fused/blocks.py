@@ -3,22 +3,18 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling, is_exporting
 
 from ..block_rule import rule_key
 from ..gating import gated_class
-from .eligible import Parts, find_parts, graph_parts, is_eca, map_fits, unwatched
-from .formula import Moments, Norm, Running, TailWeights
+from .eligible import Parts, find_parts, graph_parts, is_eca, unwatched
+from .forward import compiled_tail, eager_tail, fused_forward
 from .halves import Halves, TailRule, halves_of
-from .pooled import pooled_before
-from .tail import fused_tail, graph_tail
 
 __all__ = ["fuse_", "fuse_blocks_", "unfuse_"]
 
 _ModelT = TypeVar("_ModelT", bound=nn.Module)
-
-_SMALL = 1 << 18  # elements of a map; in training a compiler gets the tails of smaller ones as they are
 
 _RESNET = frozenset({"drop_path", "downsample"})
 _MBCONV = frozenset({"drop_path", "has_skip"})
@@ -45,10 +41,13 @@ class FusedBlock(nn.Module):
     _zero_kernel: int | bool | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        parts = None if kwargs or len(args) != 1 else _fitting_parts(self, *args)
-        if parts is None:
+        if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
             return super().__call__(*args, **kwargs)
-        return _fused_forward(self, parts, *args)
+        compiling = is_compiling()
+        parts = _graph_parts(self, *args) if compiling else _fitting_parts(self, *args)
+        if parts is None:
+            return super().__call__(*args)
+        return fused_forward(self, parts, *args, compiled_tail if compiling else eager_tail)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         plain = plain_class(type(self))
@@ -136,14 +135,17 @@ def _make(block_cls: type[nn.Module], gates: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _fitting_parts(block: Any, x: object) -> Parts | None:
+def _graph_parts(block: Any, x: Tensor) -> Parts | None:
+    """Return the parts of a block's tail if it can be fused in the graph that is being made."""
+    # Exported graphs keep the norms that quantizers and converters look for.
+    return None if x.is_meta or is_exporting() else graph_parts(block, block._rule)
+
+
+def _fitting_parts(block: Any, x: Tensor) -> Parts | None:
     """Return the parts of a block's tail if it can be fused now."""
-    if type(x) is not Tensor or x.is_meta:
+    if x.is_meta or block._compiled_call_impl is not None or not unwatched():
         return None
-    if torch.compiler.is_compiling():
-        # Exported graphs keep the norms that quantizers and converters look for.
-        return None if torch.compiler.is_exporting() else graph_parts(block, block._rule)
-    if block._compiled_call_impl is not None or not unwatched() or type(block).forward is not block._plain_forward:
+    if type(block).forward is not block._plain_forward:
         return None
     parts = block._parts
     if parts is None or not parts.still_fit(block):
@@ -167,70 +169,3 @@ def _starts_as_identity(block: Any, parts: Parts) -> bool:
     if version is None or block._zero_kernel != version:
         block._zero_kernel = version if not kernel.any() else False
     return block._zero_kernel is not False
-
-
-def _fused_forward(block: Any, parts: Parts, x: Tensor) -> Tensor:
-    u, shortcut = block._halves.head(block, x)
-    pooled = _pooled(parts, u)
-    z = parts.conv(u)
-    adds = getattr(block, "has_skip", True)
-    fits = map_fits(z, parts.norm.of_batch) and not (adds and parts.downsample is None and not _alike(z, shortcut))
-    if not fits or _for_compilers(z):
-        return block._halves.tail(block, z, shortcut)
-    weights = _weights(parts, z, adds, pooled)
-    if parts.downsample is not None:
-        shortcut, norm = _downsampled(parts, shortcut)
-        shortcut, weights = shortcut.to(z.dtype), weights._replace(shortcut_norm=norm)
-    relu = type(parts.act) is nn.ReLU
-    tail = graph_tail if torch.compiler.is_compiling() else fused_tail
-    out = tail(z, shortcut if adds else None, weights, relu)
-    return out if relu or parts.act is None else parts.act(out)
-
-
-def _for_compilers(z: Tensor) -> bool:
-    """Whether a compiler does better on the plain operations: training on small maps takes less than operators do."""
-    return torch.compiler.is_compiling() and torch.is_grad_enabled() and z.is_cpu and z.numel() < _SMALL
-
-
-def _alike(z: Tensor, shortcut: Tensor) -> bool:
-    return z.shape == shortcut.shape and z.dtype == shortcut.dtype
-
-
-def _downsampled(parts: Parts, x: Tensor) -> tuple[Tensor, Norm | None]:
-    """Return the shortcut, and in inference the norm that it has yet to go through, which the tail does on its way."""
-    norm = parts.shortcut_norm
-    if norm is None or torch.is_grad_enabled() or norm.of_batch:
-        return parts.downsample(x), None
-    for layer in list(parts.downsample)[:-1]:
-        x = layer(x)
-    return x, norm.given()
-
-
-def _pooled(parts: Parts, u: Tensor) -> Tensor | None:
-    """Return the mean of the map that the last convolution is about to make, where it is known by then."""
-    return None if torch.is_grad_enabled() or parts.norm.of_batch else pooled_before(parts.conv, u)
-
-
-def _weights(parts: Parts, z: Tensor, adds: bool, pooled: Tensor | None) -> TailWeights:
-    norm = parts.norm
-    weight, bias, mean, var, eps = norm.given()
-    of_batch = norm.of_batch
-    drop = None
-    if adds and parts.drop_path is not None and parts.drop_path.training:
-        drop = parts.drop_path(z.new_ones((len(z), 1, 1, 1))).flatten(1)  # the same draw as over the map
-    moments, running = (None, _running(norm.module)) if of_batch else (Moments(mean, var), None)
-    return TailWeights(parts.kernel["weight"], parts.gate, weight, bias, moments, running, drop, eps, pooled=pooled)
-
-
-def _running(norm: Any) -> Running | None:
-    """Return the statistics that batch norm updates, as `torch.nn.BatchNorm2d` decides it, and count the batch."""
-    if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
-        return None
-    factor, count = norm.momentum, norm.num_batches_tracked
-    if count is not None:
-        count.add_(1)
-        if factor is None and torch.compiler.is_compiling():  # a number would break the graph
-            factor = 1 / count.to(norm.running_mean.dtype)
-        elif factor is None:
-            factor = 1 / float(count)
-    return Running(norm.running_mean, norm.running_var, 0.0 if factor is None else factor)

@@ -5,7 +5,7 @@ emptied the caches, where a line of Python costs ten times what it costs in a lo
 lookups. Whoever watches or transforms single operations (hooks, modes, tracers, functorch) gets the plain path.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from ..layers import EcaLayer
 from .formula import Norm
 from .halves import TailRule
+from .known import Known
+from .pooled import may_pool
 
 __all__ = ["Parts", "find_parts", "graph_parts", "is_eca", "map_fits", "unwatched"]
 
@@ -62,11 +64,12 @@ class NormPart:
         return Norm(affine["weight"], affine["bias"], stats["running_mean"], stats["running_var"], self.module.eps)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Parts:
     """The modules of a block's tail, and what would tell that they are no longer what they were.
 
     Attributes:
+        adds: Whether the shortcut is added.
         conv: The convolution before the norm.
         norm: The norm.
         kernel: The dictionary of the attention's weights.
@@ -75,11 +78,16 @@ class Parts:
         downsample: What the shortcut goes through, None where it goes unchanged.
         shortcut_norm: The norm that ends the downsample, None where none does.
         act: The activation after the addition, None where there is none.
+        relu: Whether that is ReLU.
+        pools: Whether the mean of the convolution's map may be worth having before the map.
         children: Of modules that have any: the dictionary of their children, and who was in it.
         hooks: The modules' dictionaries of hooks.
         attributes: The modules' own attributes; a forward among them is somebody's patch.
+        known: What was found out about the tail's tensors, by whether gradients are recorded and whether the norm
+            takes the batch's statistics.
     """
 
+    adds: bool
     conv: Any
     norm: NormPart
     kernel: dict[str, Any]
@@ -88,9 +96,12 @@ class Parts:
     downsample: Any
     shortcut_norm: NormPart | None
     act: Any
+    relu: bool
+    pools: bool = True
     children: tuple[tuple[dict[str, Any], list[Any]], ...] = ()
     hooks: tuple[dict[int, Any], ...] = ()
     attributes: tuple[dict[str, Any], ...] = ()
+    known: dict[tuple[bool, bool], Known] = field(default_factory=dict)
 
     def still_fit(self, block: nn.Module) -> bool:
         """Whether the same modules are in their places in this block, unheard by any hook, and not patched."""
@@ -124,6 +135,7 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
     shortcut = () if last is None else (downsample, last)
     heard = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act, *shortcut) if m is not None]
     return Parts(
+        adds=_adds(block, rule),
         conv=conv,
         norm=_norm_part(norm),
         kernel=attn.conv._parameters,
@@ -132,6 +144,8 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         downsample=downsample,
         shortcut_norm=None if last is None else _norm_part(last),
         act=act,
+        relu=type(act) is nn.ReLU,
+        pools=may_pool(conv),
         children=tuple((m._modules, [*m._modules.values()]) for m in (block, attn, norm, *shortcut)),
         hooks=tuple(d for m in heard for d in _hooks(m)),
         attributes=tuple(m.__dict__ for m in heard),
@@ -178,7 +192,9 @@ def graph_parts(block: Any, rule: TailRule) -> Parts | None:
     inner = modules[rule.attn]._modules
     gate, drop_path = inner["gate"], block.drop_path
     downsample: Any = block.downsample if "downsample" in rule.rest else None
+    act = modules[rule.act] if rule.act else None
     return Parts(
+        adds=_adds(block, rule),
         conv=modules[rule.conv],
         norm=_norm_now(modules[rule.norm], facts.frozen),
         kernel=_now(inner["conv"], "weight"),
@@ -186,7 +202,8 @@ def graph_parts(block: Any, rule: TailRule) -> Parts | None:
         drop_path=drop_path if isinstance(drop_path, DropPath) else None,
         downsample=downsample,
         shortcut_norm=_norm_now(downsample[-1], facts.shortcut_frozen) if facts.shortcut_norm else None,
-        act=modules[rule.act] if rule.act else None,
+        act=act,
+        relu=type(act) is nn.ReLU,
     )
 
 
@@ -213,6 +230,10 @@ def unwatched() -> bool:
         or forward_ad._current_level >= 0
         or any(_GLOBAL_HOOKS)
     )
+
+
+def _adds(block: Any, rule: TailRule) -> bool:
+    return block.has_skip if "has_skip" in rule.rest else True
 
 
 def _is_channel_conv(conv: object) -> bool:

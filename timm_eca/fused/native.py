@@ -5,6 +5,7 @@ PyTorch has loaded. Where there is no such library, the passes of PyTorch do the
 """
 
 import ctypes
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from struct import Struct
 from typing import Any
@@ -13,16 +14,21 @@ import torch
 from torch import Tensor
 
 from .formula import Moments, TailWeights, layout_of
+from .known import CLASSES, Tensors
 
-__all__ = ["backward", "forward", "gains", "gains_backward", "loaded", "takes"]
+__all__ = ["backward", "forward", "gains", "gains_backward", "inference", "loaded", "takes"]
 
 _NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 # What the passes compute with, by the type of a map, and what it may come in.
 _VECTORS = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
 _GIVEN = {dtype: (of_vectors, dtype) for dtype, of_vectors in _VECTORS.items()}
 # A call's arguments travel as one struct: packing it costs a fraction of converting them one by one.
-_FORWARD = Struct("8q3d18P")
-_BACKWARD = Struct("8q1d19P")
+_FORWARD = Struct("8q3d20P")
+_BACKWARD = Struct("8q1d21P")
+# What finds a tensor's elements by the tensor itself, of these classes without Python's lock. Each of a call's twenty
+# would else be asked for its address in Python.
+_DATA_OF = getattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr", 0)
+_FINDER = (_DATA_OF, id(None) if _DATA_OF else 0)
 _NO_MAPS, _NO_VECTORS = (None,) * 5, (None,) * 4
 _NOTHING, _POOL, _MOMENTS = range(3)  # what is read of a map before the result is made
 _NO_NORM = (None, None, None, None, 0.0)
@@ -63,9 +69,11 @@ def takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
     kernel, _, weight, bias, moments, running, drop, _, shortcut_norm, pooled = weights
     mean, var = moments or (running[:2] if running else (None, None))
     for t in (kernel, weight, bias, mean, var, drop, pooled, *(shortcut_norm or _NO_NORM)[:4]):
-        if t is not None and not (t.dtype in given and t.is_cpu and t.is_contiguous()):
+        if t is not None and not (type(t) in CLASSES and t.dtype in given and t.is_cpu and t.is_contiguous()):
             return False
-    return shortcut is None or (shortcut.dtype == dtype and shortcut.is_cpu and shortcut.shape == z.shape)
+    if shortcut is None:
+        return True
+    return type(shortcut) is Tensor and shortcut.dtype == dtype and shortcut.is_cpu and shortcut.shape == z.shape
 
 
 def forward(
@@ -75,9 +83,39 @@ def forward(
     out, pooled = z, weights.pooled
     if not inplace:
         out, pooled = torch.empty_like(z), _vector(z, z.shape[:2]) if pooled is None else pooled
-    if shortcut is not None:
+    if shortcut is not None and shortcut.stride() != z.stride():
         shortcut = shortcut.contiguous(memory_format=layout_of(z))
     return out, pooled, _forward(z, shortcut, out, weights, relu, pooled)
+
+
+def inference(tensors: Tensors, relu: bool) -> Callable[[Tensors, float], None] | None:
+    """Return a short way to the tail of tensors like these, in place, by given moments; None where there is none.
+
+    Args:
+        tensors: z, the shortcut, the norm's weight and bias, ECA's kernel, the moments, and z's mean where it is known.
+        relu: Whether a ReLU ends the tail.
+
+    Returns:
+        A function of such tensors and the norm's epsilon.
+    """
+    z, shortcut, _, _, kernel, *_, pooled = tensors
+    assert z is not None
+    assert kernel is not None
+    if not _DATA_OF or (shortcut is not None and shortcut.stride() != z.stride()):
+        return None
+    if any(t is not None and t.dtype != _VECTORS[z.dtype] for t in tensors[2:]):
+        return None
+    *shape, _ = _sizes(z, not z.is_contiguous())
+    rest = kernel.numel(), _NOTHING if pooled is not None else _POOL, relu
+    function, pack, nothing = _functions["forward", z.dtype], _FORWARD.pack, id(None)
+
+    def infer(tensors: Tensors, eps: float) -> None:
+        z, shortcut, weight, bias, kernel, mean, var, pooled = map(id, tensors)
+        maps, vectors = (z, shortcut, z), (weight, bias, kernel, mean, var, nothing, pooled)
+        sizes = (*shape, torch.get_num_threads(), *rest)
+        function(pack(*sizes, eps, 0.0, 0.0, *_FINDER, *maps, *vectors, *[nothing] * 8))
+
+    return infer
 
 
 def gains(z: Tensor, weights: TailWeights) -> tuple[Tensor, Moments, Tensor, Tensor]:
@@ -104,7 +142,7 @@ def _forward(
     *of_shortcut, shortcut_eps = shortcut_norm or _NO_NORM
     tensors = (z, shortcut, out, weight, bias, kernel, *moments, drop, pooled, *kept, *of_shortcut, *gains)
     sizes = (*_sizes(z, not z.is_contiguous()), kernel.numel(), reading, relu)
-    _functions["forward", z.dtype](_FORWARD.pack(*sizes, eps, factor, shortcut_eps, *map(_address, tensors)))
+    _functions["forward", z.dtype](_FORWARD.pack(*sizes, eps, factor, shortcut_eps, *_FINDER, *_found(tensors)))
     if wide is not weights and weights.running and running:
         for statistic, updated in zip(weights.running[:2], running[:2]):
             if updated is not statistic:
@@ -164,7 +202,7 @@ def _backward(
     tensors = (*maps, weight, bias, kernel, *moments, drop, pooled, *d_weights, *(vectors or _NO_VECTORS))
     sizes = (*sizes, kernel.numel(), of_batch, False)
     dtype = kernel.dtype if maps[0] is None else maps[0].dtype
-    _functions["backward", dtype](_BACKWARD.pack(*sizes, eps, *map(_address, tensors)))
+    _functions["backward", dtype](_BACKWARD.pack(*sizes, eps, *_FINDER, *_found(tensors)))
     return d_weights
 
 
@@ -186,6 +224,11 @@ def _vector(z: Tensor, shape: Any) -> Tensor:
 def _sizes(z: Tensor, nhwc: bool) -> tuple[int, ...]:
     batch, channels, height, width = z.shape
     return batch, channels, height * width, nhwc, torch.get_num_threads()
+
+
+def _found(tensors: tuple[Tensor | None, ...]) -> Iterable[int]:
+    """Return what the passes find tensors by; these have to be held until they are done."""
+    return map(id if _DATA_OF else _address, tensors)
 
 
 def _address(tensor: Tensor | None) -> int:

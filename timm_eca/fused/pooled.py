@@ -9,9 +9,14 @@ from torch.nn import functional
 
 from .formula import map_mean
 
-__all__ = ["pooled_before"]
+__all__ = ["may_pool", "pooled_before"]
 
 _LARGE = 1 << 20  # elements of z; less is read in the time of a call
+
+
+def may_pool(conv: nn.Conv2d) -> bool:
+    """Whether the mean of what a convolution makes may be had from what it gets, for less than half the reads."""
+    return 2 * conv.in_channels < conv.out_channels and _is_matrix(conv)
 
 
 def pooled_before(conv: nn.Conv2d, u: Tensor) -> Tensor | None:
@@ -21,8 +26,9 @@ def pooled_before(conv: nn.Conv2d, u: Tensor) -> Tensor | None:
         conv: A convolution.
         u: What it gets (B, D, H, W).
     """
-    channels, made, area = conv.in_channels, conv.out_channels, u.shape[2] * u.shape[3]
-    if len(u) * made * area < _LARGE:
+    batch, _, height, width = u.shape
+    channels, made, area = conv.in_channels, conv.out_channels, height * width
+    if batch * made * area < _LARGE:
         return None
     # Reading u, and W once a sample, has to be less than half of reading z.
     if 2 * channels * (area + made) > made * area or not (_is_matrix(conv) and _is_exact(conv, u)):

@@ -9,15 +9,15 @@ from . import gpu, native, passes
 from .formula import Moments, TailWeights, gains_of_map, layout_of, tail_formula
 from .operators import operator_gains
 
-__all__ = ["fused_tail", "graph_tail"]
+__all__ = ["engine_of", "fused_tail", "graph_tail"]
 
 
-def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
-    """Compute `tail_formula`. Where no gradient is asked for, z is overwritten.
+def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool, engine: Any = None) -> Tensor:
+    """Compute `tail_formula`, by the engine that takes it. Where no gradient is asked for, z is overwritten.
 
     A block keeps z, the output where a ReLU ends it (the next block keeps it too), and one vector of each sample.
     """
-    engine = _engine(z, shortcut, weights)
+    engine = engine or engine_of(z, shortcut, weights)
     if torch.is_grad_enabled():
         tensors = (z, shortcut, weights.weight, weights.bias, weights.kernel)
         for t in tensors:
@@ -34,7 +34,8 @@ def graph_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: b
     return tail_formula(z, shortcut, weights, relu, gains_of)
 
 
-def _engine(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> Any:
+def engine_of(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> Any:
+    """Return the passes that take a tail's tensors."""
     if weights.gate is torch.sigmoid:
         for engine in (native, gpu):
             if engine.takes(z, shortcut, weights):
@@ -78,4 +79,6 @@ def _differentiable(grad: Tensor, out: Tensor | None, z: Tensor, weights: TailWe
 
 def _as_format(grad: Tensor, z: Tensor) -> Tensor:
     """Return a gradient in the type and memory format of a map: pooling hands back expanded ones."""
+    if grad.stride() == z.stride() and grad.dtype == z.dtype:
+        return grad
     return grad.to(z.dtype).contiguous(memory_format=layout_of(z))
