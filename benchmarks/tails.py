@@ -114,12 +114,11 @@ def eca(block: Any, u: Tensor, z: Tensor, shortcut: Tensor | None) -> Tensor:
 
 
 def fused(block: Any, u: Tensor, z: Tensor, shortcut: Tensor | None) -> Tensor:
-    """The same at once; of a compiler it is the one before where that is what a block gives it."""
+    """The same at once."""
     compiling = torch.compiler.is_compiling()
     parts = (blocks._graph_parts if compiling else blocks._fitting_parts)(block, z)  # the looking is part of the price
     tail = forward.compiled_tail if compiling else forward.eager_tail
-    out = tail(parts, z, shortcut, forward.mean_before(parts, u) if parts.pools else None)
-    return eca(block, u, z, shortcut) if out is None else out
+    return tail(parts, z, shortcut, forward.mean_before(parts, u) if parts.pools else None)
 
 
 def finish(block: Any, x: Tensor, shortcut: Tensor | None) -> Tensor:

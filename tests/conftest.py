@@ -150,8 +150,8 @@ def fused_calls(monkeypatch):
 
 @pytest.fixture
 def all_maps_large(monkeypatch):
-    """Have tails of compiled models fused that are smaller than where it pays in training."""
-    monkeypatch.setattr("timm_eca.fused.forward._SMALL", 0)
+    """Have operators in compiled training on maps so small that it does not pay."""
+    monkeypatch.setattr("timm_eca.fused.tail._SMALL", 0)
 
 
 @pytest.fixture(params=["native", "gpu", "passes"])

@@ -65,8 +65,10 @@ class TestTools:
         torch.testing.assert_close(program.module()(x), plain_twin(model)(x))
         assert not fused_calls
 
+    @pytest.mark.parametrize("small_maps", [0, 1 << 40], ids=["operators", "loops"])
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-    def test_compile(self, all_maps_large, train):
+    def test_compile(self, monkeypatch, train, small_maps):
+        monkeypatch.setattr("timm_eca.fused.tail._SMALL", small_maps)
         model = small(layers=(1, 2)[:1] * 3 + (2,)).double().train(train)
         plain = plain_twin(model)
         torch._dynamo.reset()
@@ -76,7 +78,7 @@ class TestTools:
         assert_same(actual, expected)
 
     @compiler_calls_blocks
-    def test_compiled_tails_have_no_norm(self, all_maps_large):
+    def test_compiled_tails_have_no_norm(self):
         model = small().eval()
         graphs = []
         torch._dynamo.reset()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_models import assert_same, blocks_of, compiler_calls_blocks, pixels, plain_twin, small, step
-from timm_eca.fused import forward, native
+from timm_eca.fused import native, tail
 from timm_eca.fused.formula import Moments, Running, TailWeights, tail_formula
 from timm_eca.fused.operators import operator_gains
 
@@ -140,9 +140,9 @@ class TestGraphs:
         assert sum("timm_eca.gains" in target for target in graph_of(model, torch.float32)) == len(blocks_of(model))
 
     @compiler_calls_blocks
-    def test_small_maps_are_the_compilers(self, monkeypatch):
+    def test_of_small_maps_they_are_the_compilers(self, monkeypatch):
         model = small(layers=(1, 1, 1, 1)).train()
-        monkeypatch.setattr(forward, "_SMALL", 2 * 48 * 8 * 8)  # what the second of its four blocks has
+        monkeypatch.setattr(tail, "_SMALL", 2 * 48 * 8 * 8)  # what the second of its four blocks has
         assert sum("timm_eca.gains" in target for target in graph_of(model, torch.float32)) == 2
 
     def test_inference_is_the_compilers(self):

@@ -15,8 +15,6 @@ from .tail import engine_of, fused_tail, graph_tail
 
 __all__ = ["compiled_tail", "eager_tail", "fused_forward", "mean_before"]
 
-_SMALL = 1 << 18  # elements of a map; in training a compiler gets the tails of smaller ones as they are
-
 
 def fused_forward(block: Any, parts: Parts, x: Tensor, tail_of: Callable[..., Tensor | None]) -> Tensor:
     """Compute a block's forward with its tail at once, where its maps allow that.
@@ -56,8 +54,8 @@ def eager_tail(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None)
 
 
 def compiled_tail(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None) -> Tensor | None:
-    """As `eager_tail`, in what `torch.compile` takes into one graph; None too where that does better on the blocks."""
-    if not _fits(parts, z, shortcut) or _for_compilers(z):
+    """As `eager_tail`, in what `torch.compile` takes into one graph."""
+    if not _fits(parts, z, shortcut):
         return None
     return _acted(parts, graph_tail(z, *_operands(parts, z, shortcut, pooled), parts.relu))
 
@@ -99,11 +97,6 @@ def _fits(parts: Parts, z: Tensor, shortcut: Tensor) -> bool:
 
 def _are_plain(tensors: Tensors) -> bool:
     return all(t is None or type(t) in CLASSES for t in tensors)
-
-
-def _for_compilers(z: Tensor) -> bool:
-    """Whether a compiler does better on the plain operations: training on small maps takes less than operators do."""
-    return torch.is_grad_enabled() and z.is_cpu and z.numel() < _SMALL
 
 
 def _operands(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None) -> tuple[Tensor | None, TailWeights]:

@@ -11,6 +11,8 @@ from .operators import operator_gains
 
 __all__ = ["engine_of", "fused_tail", "graph_tail"]
 
+_SMALL = 1 << 18  # elements of a map that a compiled model trains on, of which a call takes longer than it saves
+
 
 def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool, engine: Any = None) -> Tensor:
     """Compute `tail_formula`, by the engine that takes it. Where no gradient is asked for, z is overwritten.
@@ -28,10 +30,15 @@ def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: b
 
 def graph_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
     """Compute `tail_formula` in what `torch.compile` takes into one graph."""
-    whole = z.dtype in (torch.float32, torch.float64) and weights.gate is torch.sigmoid
-    of_operator = torch.is_grad_enabled() and whole and native.takes(z, shortcut, weights)
-    gains_of = operator_gains if of_operator else gains_of_map
+    gains_of = operator_gains if _by_operators(z, shortcut, weights) else gains_of_map
     return tail_formula(z, shortcut, weights, relu, gains_of)
+
+
+def _by_operators(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
+    """Whether operators find the vectors. In inference, and of small maps, compilers are as fast without a call."""
+    if not torch.is_grad_enabled() or z.numel() < _SMALL or weights.gate is not torch.sigmoid:
+        return False
+    return z.dtype in (torch.float32, torch.float64) and native.takes(z, shortcut, weights)
 
 
 def engine_of(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> Any:
