@@ -195,6 +195,25 @@ class TestChanged:
         assert_same(step(model, pixels()), step(plain_twin(twin), pixels()))
 
 
+class Labelled(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+@needs_library
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradient_of_a_class_of_its_own(relu):
+    name = "resnet18" if relu else "mobilenetv2_050"
+    block = blocks_of(create(name, **MODELS[name]).double().eval())[-1 if relu else 1]
+    found = []
+    for net in (block, plain_twin(block)):
+        x = torch.randn(2, net.conv1.in_channels if relu else net.conv_pw.in_channels, 6, 6, dtype=torch.float64)
+        x = x.copy_(torch.linspace(-1, 1, x.numel()).view_as(x)).requires_grad_()
+        out = net(x)
+        out.backward(torch.linspace(-2, 1, out.numel()).view_as(out).double().as_subclass(Labelled))
+        found.append(x.grad.as_subclass(torch.Tensor))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 class TestWithout:
     """Where PyTorch lacks what the short way needs."""
 
@@ -204,7 +223,6 @@ class TestWithout:
             monkeypatch.setattr(known, "_Guards", None)
         else:
             monkeypatch.setattr(native, "_DATA_OF", 0)
-            monkeypatch.setattr(native, "_FINDER", (0, 0))
         model = small().double()
         for _ in range(2):
             check_step(model.train())

@@ -7,6 +7,7 @@ PyTorch has loaded. Where there is no such library, the passes of PyTorch do the
 import ctypes
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from itertools import chain
 from struct import Struct
 from typing import Any
 
@@ -28,7 +29,8 @@ _BACKWARD = Struct("8q1d21P")
 # What finds a tensor's elements by the tensor itself, of these classes without Python's lock. Each of a call's twenty
 # would else be asked for its address in Python.
 _DATA_OF = getattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr", 0)
-_FINDER = (_DATA_OF, id(None) if _DATA_OF else 0)
+_FINDER = (_DATA_OF, id(None))
+_FOUND = frozenset((*CLASSES, type(None)))
 _NO_MAPS, _NO_VECTORS = (None,) * 5, (None,) * 4
 _NOTHING, _POOL, _MOMENTS = range(3)  # what is read of a map before the result is made
 _NO_NORM = (None, None, None, None, 0.0)
@@ -142,7 +144,7 @@ def _forward(
     *of_shortcut, shortcut_eps = shortcut_norm or _NO_NORM
     tensors = (z, shortcut, out, weight, bias, kernel, *moments, drop, pooled, *kept, *of_shortcut, *gains)
     sizes = (*_sizes(z, not z.is_contiguous()), kernel.numel(), reading, relu)
-    _functions["forward", z.dtype](_FORWARD.pack(*sizes, eps, factor, shortcut_eps, *_FINDER, *_found(tensors)))
+    _functions["forward", z.dtype](_FORWARD.pack(*sizes, eps, factor, shortcut_eps, *_pointers(tensors)))
     if wide is not weights and weights.running and running:
         for statistic, updated in zip(weights.running[:2], running[:2]):
             if updated is not statistic:
@@ -202,7 +204,7 @@ def _backward(
     tensors = (*maps, weight, bias, kernel, *moments, drop, pooled, *d_weights, *(vectors or _NO_VECTORS))
     sizes = (*sizes, kernel.numel(), of_batch, False)
     dtype = kernel.dtype if maps[0] is None else maps[0].dtype
-    _functions["backward", dtype](_BACKWARD.pack(*sizes, eps, *_FINDER, *_found(tensors)))
+    _functions["backward", dtype](_BACKWARD.pack(*sizes, eps, *_pointers(tensors)))
     return d_weights
 
 
@@ -226,9 +228,11 @@ def _sizes(z: Tensor, nhwc: bool) -> tuple[int, ...]:
     return batch, channels, height * width, nhwc, torch.get_num_threads()
 
 
-def _found(tensors: tuple[Tensor | None, ...]) -> Iterable[int]:
-    """Return what the passes find tensors by; these have to be held until they are done."""
-    return map(id if _DATA_OF else _address, tensors)
+def _pointers(tensors: tuple[Tensor | None, ...]) -> Iterable[int]:
+    """Return what the passes find tensors by, and how; they have to be held until the passes are done."""
+    if _DATA_OF and _FOUND.issuperset(map(type, tensors)):
+        return chain(_FINDER, map(id, tensors))
+    return chain((0, 0), map(_address, tensors))
 
 
 def _address(tensor: Tensor | None) -> int:
