@@ -165,7 +165,7 @@ def engine(request, monkeypatch):
     if request.param == "native" and not native.loaded():
         pytest.skip("the compiled passes are not built here")
     if request.param == "passes":
-        monkeypatch.setattr("timm_eca.fused.tail.native.takes", lambda *_: False)
+        monkeypatch.setattr(native, "_loaded", False)
     if request.param == "gpu":
         request.getfixturevalue("interpreted")
     return request.param
@@ -177,5 +177,5 @@ def interpreted(monkeypatch):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("Triton compiles where there is a GPU, and does not interpret")
-    monkeypatch.setattr("timm_eca.fused.tail.native.takes", lambda *_: False)
-    monkeypatch.setattr("timm_eca.fused.tail.gpu.takes", lambda *_: True)
+    monkeypatch.setattr("timm_eca.fused.native._loaded", False)
+    monkeypatch.setattr("timm_eca.fused.gpu.takes", lambda *_: True)

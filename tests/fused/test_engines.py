@@ -5,7 +5,7 @@ from torch import nn
 
 from fused_models import blocks_of, small
 from tail_cases import ON_CPU, Case, make, plain_out, tail_of, weights_of
-from timm_eca.fused import gpu, native, passes, tail
+from timm_eca.fused import gpu, native, passes
 from timm_eca.fused.eligible import find_parts
 from timm_eca.fused.tail import fused_tail
 
@@ -15,13 +15,21 @@ BY_ENGINE = {"native": native, "gpu": gpu, "passes": passes}
 class TestEngines:
     @pytest.fixture
     def taken(self, monkeypatch):
+        """The passes that took a tail, and whose backward ones were called."""
         calls = []
+
+        def watched(function, name, kind):
+            def call(*args, **kwargs):
+                made = function(*args, **kwargs)
+                calls.extend([] if made is None else [(name, kind)])
+                return made
+
+            return call
+
         for name, module in BY_ENGINE.items():
-            for kind in ("forward", "backward"):
-                original = getattr(module, kind)
-                monkeypatch.setattr(
-                    module, kind, lambda *args, _o=original, _k=(name, kind), **kw: calls.append(_k) or _o(*args, **kw)
-                )
+            backward = "gradients_of" if module is native else "backward"
+            for attribute, kind in (("forward", "forward"), (backward, "backward")):
+                monkeypatch.setattr(module, attribute, watched(getattr(module, attribute), name, kind))
         return calls
 
     def test_fixture_chooses(self, engine, taken):
@@ -66,25 +74,22 @@ class TestEngines:
         fused_tail(made["z"], made["shortcut"], weights_of(Case(), made, made, gate)[0], True)
         assert taken == [("passes", "forward")]
 
-    def test_compiled_passes_left_for_strided_vectors(self, taken):
+    @pytest.mark.parametrize("compiled_passes", [True, False])
+    def test_strided_vectors(self, taken, monkeypatch, compiled_passes):
+        monkeypatch.setattr(native, "_loaded", compiled_passes and native.loaded())
         made = make(Case(), torch.float32)
         made["weight"] = torch.stack([made["weight"], made["weight"]], 1)[:, 0]
         weights, _ = weights_of(Case(), made, made)
         expected, _ = plain_out(Case(), made, made, relu=True)
         torch.testing.assert_close(fused_tail(made["z"], made["shortcut"], weights, True), expected)
-        assert taken == [("passes", "forward")]
+        assert taken == [("native" if native.loaded() else "passes", "forward")]
 
-    def test_without_library(self, monkeypatch):
-        monkeypatch.setattr(native, "_functions", {})
+    def test_without_library(self, monkeypatch, taken):
+        monkeypatch.setattr(native, "_loaded", False)
         assert not native.loaded()
-        assert (
-            tail.engine_of(
-                torch.ones(1, 1, 1, 1),
-                None,
-                weights_of(Case(), make(Case(), torch.float32), make(Case(), torch.float32))[0],
-            )
-            is passes
-        )
+        made = make(Case(), torch.float32)
+        fused_tail(made["z"], made["shortcut"], weights_of(Case(), made, made)[0], True)
+        assert taken == [("passes", "forward")]
 
     @ON_CPU
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

@@ -185,7 +185,7 @@ class TestTools:
 
     def test_step_without_library(self, run_python):
         code = (
-            "import timm, torch, timm_eca; from timm_eca.fused import native, forward; native._functions = {}\n"
+            "import timm, torch, timm_eca; from timm_eca.fused import native, forward; native._loaded = False\n"
             "calls = []; tail = forward.fused_tail; forward.fused_tail = lambda *a: calls.append(1) or tail(*a)\n"
             "torch.manual_seed(0); model = timm.create_model('resnet18', attn_layer='eca')\n"
             "optimizer = torch.optim.SGD(model.parameters(), 0.01); x, y = torch.randn(4, 3, 64, 64), torch.arange(4)\n"

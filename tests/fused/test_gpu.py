@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_models import MODELS, blocks_of, check_step, create, pixels, small
 from tail_cases import Case, check, make, weights_of
-from timm_eca.fused import fuse_, gpu, passes, tail
+from timm_eca.fused import fuse_, gpu, passes
 from timm_eca.fused.formula import Moments, Norm, Running, TailWeights, vector_dtype
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -200,7 +200,6 @@ class TestTakes:
         made = make(Case(), torch.float32)
         weights, _ = weights_of(Case(), made, made)
         assert not gpu.takes(made["z"], made["shortcut"], weights)
-        assert tail.engine_of(made["z"].half(), None, weights) is passes
 
     @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
     def test_where_triton_cannot_compile(self):
@@ -214,7 +213,7 @@ class TestTakes:
     def test_gpu(self):
         made = {name: on(DEVICE, t) for name, t in make(Case(), torch.float32).items()}
         weights, _ = weights_of(Case(), made, made)
-        assert tail.engine_of(made["z"], made["shortcut"], weights) is gpu
+        assert gpu.takes(made["z"], made["shortcut"], weights)
         assert not gpu.takes(made["z"], made["shortcut"].half(), weights)
         assert not gpu.takes(made["z"], made["shortcut"], on("cpu", weights))
 

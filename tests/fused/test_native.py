@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from timm_eca.fused import native, passes
 from timm_eca.fused.formula import Moments, Norm, Running, TailWeights, gains_of_map
+from timm_eca.fused.operators import operator_gains
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="the compiled passes are not built here")
 
@@ -73,8 +74,8 @@ def check(
     )
     found = native.forward(z.clone() if inplace else z, other, weights, relu, inplace)
     assert (found[1] is None) == inplace
-    kept = ([found[0], *found[2]], [out, *moments]) if inplace else ([*found[:2], *found[2]], [out, pooled, *moments])
-    compare(*kept, dtype)
+    kept = [(a, e) for a, e in zip((*found[:2], *found[2]), (out, pooled, *moments)) if a is not None]
+    compare(*zip(*kept), dtype)
     if of_batch:
         compare(weights.running[:2], exact.running[:2], dtype)
 
@@ -192,6 +193,15 @@ class TestShortcutsNorm:
                 compare([engine.forward(z.clone(), shortcut, given, relu, inplace)[0]], [exact], dtype)
 
 
+def vectors_of(weights: TailWeights) -> tuple:
+    """An operator's arguments after its maps."""
+    return weights.weight, weights.bias, weights.kernel, *(weights.moments or (None, None)), weights.drop, weights.eps
+
+
+def gains_backward(dots: Tensor, total: Tensor, pooled: Tensor, weights: TailWeights, *rest: object) -> list[Tensor]:
+    return torch.ops.timm_eca.gains_backward(dots, total, pooled, *vectors_of(weights), *rest)
+
+
 class TestVectors:
     """What a compiled graph calls: the vectors alone, its loops do the rest."""
 
@@ -202,7 +212,7 @@ class TestVectors:
     def test_gains(self, threads, shape, layout, of_batch, dtype):
         z = maps_of(shape, dtype, layout, aligned=False)[0]
         weights = weights_of(shape, dtype, of_batch, 3)
-        found, expected = native.gains(z, weights), gains_of_map(z.double(), doubled(weights))
+        found, expected = operator_gains(z, weights), gains_of_map(z.double(), doubled(weights))
         compare([found[0], *found[1], *found[2:]], [expected[0], *expected[1], *expected[2:]], dtype)
 
     @DTYPES
@@ -211,12 +221,12 @@ class TestVectors:
     def test_gains_backward(self, threads, shape, of_batch, dtype):
         """The whole backward pass, of which they are a part, has its own oracle."""
         z, _, grad = maps_of(shape, dtype, NCHW, aligned=True)
-        pooled, moments, scale, _ = native.gains(z, weights_of(shape, dtype, of_batch, 3))
+        pooled, moments, scale, _ = operator_gains(z, weights_of(shape, dtype, of_batch, 3))
         weights = weights_of(shape, dtype, of_batch, 3)._replace(moments=moments)
         dz, _, *expected = native.backward(grad, None, z, pooled, weights, [True] * 5 + [of_batch])
         total, dots = grad.sum((2, 3)), (grad * (z - pooled[..., None, None])).sum((2, 3))
         area = z[0, 0].numel()
-        shift, slope, *found = native.gains_backward(dots, total, pooled, weights, area, of_batch)
+        shift, slope, *found = gains_backward(dots, total, pooled, weights, area, of_batch)
         rest = shift[..., None, None] + slope[:, None, None] * (z - moments.mean[:, None, None])
         compare([grad * scale[..., None, None] + rest, *found], [t.double() for t in (dz, *expected)], dtype)
 
@@ -224,7 +234,7 @@ class TestVectors:
         weights = weights_of((2, 4, 3, 3), torch.float64, False, 3)
         dots, total, pooled = torch.randn(3, 2, 4, dtype=torch.float64).unbind()
         before = [t.clone() for t in (dots, total, pooled)]
-        native.gains_backward(dots, total, pooled, weights, 9, of_batch=False)
+        gains_backward(dots, total, pooled, weights, 9, False)
         assert all(torch.equal(t, b) for t, b in zip((dots, total, pooled), before))
 
 

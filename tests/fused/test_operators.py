@@ -3,10 +3,20 @@ from functools import partial
 import pytest
 import torch
 
-from fused_models import assert_same, blocks_of, compiler_calls_blocks, pixels, plain_twin, small, step
+from fused_models import (
+    MODELS,
+    assert_same,
+    blocks_of,
+    compiler_calls_blocks,
+    create,
+    pixels,
+    plain_twin,
+    small,
+    step,
+)
 from timm_eca.fused import native, tail
-from timm_eca.fused.formula import Moments, Running, TailWeights, tail_formula
-from timm_eca.fused.operators import operator_gains
+from timm_eca.fused.formula import Moments, Norm, Running, TailWeights, tail_formula
+from timm_eca.fused.operators import operator_gains, operator_infer
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="the compiled passes are not built here")
 
@@ -79,6 +89,14 @@ class TestContracts:
         z, _, weights = make(**CASES[case])
         torch.library.opcheck(torch.ops.timm_eca.gains.default, (z, *flat(weights)))
 
+    def test_graph_infer(self, case):
+        z, shortcut, weights = make(**CASES[case])
+        weights = weights._replace(moments=weights.moments or Moments(*weights.running[:2]))
+        *vectors, eps = flat(weights)
+        given = (z, shortcut, *vectors, *[None] * 5, eps, 0.0, True)
+        given = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
+        torch.library.opcheck(torch.ops.timm_eca.graph_infer_.default, given)
+
     def test_gains_backward(self, case):
         z, _, weights = make(**CASES[case])
         z, weights = z.detach(), weights._replace(moments=weights.moments or Moments(*weights.running[:2]))
@@ -118,6 +136,32 @@ class TestLayouts:
         torch.library.opcheck(torch.ops.timm_eca.gains.default, (z, *flat(weights)))
 
 
+@pytest.mark.parametrize("z_as", ["nchw", "nhwc", "slice"])
+@pytest.mark.parametrize("norm", [True, False], ids=["shortcut's norm", "as it is"])
+def test_inference_in_place(z_as, norm):
+    z, shortcut, weights = make(train=False)
+    other = Norm(weights.weight, weights.bias, *weights.moments, 0.1) if norm else None
+    weights = weights._replace(shortcut_norm=other)
+    layout = torch.channels_last if z_as == "nhwc" else torch.contiguous_format
+    room = torch.nn.functional.pad(z.detach(), (1, 2)) if z_as == "slice" else z.detach().clone(memory_format=layout)
+    own = room[..., 1:-2] if z_as == "slice" else room
+    with torch.no_grad():
+        expected = tail_formula(z, shortcut, weights, True)
+        out = operator_infer(own, shortcut, weights, True)
+    assert out is own
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    if z_as == "slice":
+        assert not room[..., 0].any()
+        assert not room[..., -2:].any()
+
+
+def test_vectors_of_other_types_are_refused():
+    z, shortcut, weights = make(train=False)
+    weights = weights._replace(kernel=weights.kernel.float())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="graph_infer_ takes float32, float64 and bfloat16"):
+        operator_infer(z.detach(), shortcut, weights, True)
+
+
 def graph_of(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
     """What a model's graph calls."""
     targets = []
@@ -145,9 +189,27 @@ class TestGraphs:
         monkeypatch.setattr(tail, "_SMALL", 2 * 48 * 8 * 8)  # what the second of its four blocks has
         assert sum("timm_eca.gains" in target for target in graph_of(model, torch.float32)) == 2
 
-    def test_inference_is_the_compilers(self):
+    @compiler_calls_blocks
+    def test_inference(self):
+        with torch.no_grad():
+            targets = graph_of(model := small().eval(), torch.float32)
+        assert [t for t in targets if "timm_eca" in t] == ["timm_eca.graph_infer_"] * len(blocks_of(model))
+
+    def test_inference_of_small_maps_is_the_compilers(self, monkeypatch):
+        monkeypatch.setattr(tail, "_SMALL", 1 << 40)
         with torch.no_grad():
             assert not any("timm_eca" in target for target in graph_of(small().eval(), torch.float32))
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+    @pytest.mark.parametrize("name", ["resnet26", "mobilenetv2_050"])
+    def test_inference_by_inductor(self, name, layout):
+        model = create(name, **MODELS[name]).double().eval().to(memory_format=layout)
+        x = pixels(2, 96).contiguous(memory_format=layout)
+        torch.compiler.reset()
+        with torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True)
+            for given in (x, 2 * x):
+                torch.testing.assert_close(compiled(given), plain_twin(model)(given), rtol=1e-12, atol=1e-12)
 
     def test_half_precision_has_the_formula(self):
         model = small().bfloat16().eval()

@@ -1,402 +1,303 @@
-// The passes of a fused tail for CPUs: one read of a map for its statistics, one for the result, vectors in between.
+// The passes of a fused tail as operators of PyTorch, `torch.ops.timm_eca`, for CPUs. native.py has their schemas.
 //
-// formula.py has the formula and the names, _maps.h the loops over one sample. Maps are (B, C, N), or (B, N, C) where
-// `nhwc` is set, N being H * W; vectors are (B, C) or (C). Maps are of type M, vectors and what is computed of type T.
-// No Python and no PyTorch header is needed: pointers and sizes come by ctypes from native.py.
+// _passes.h has what they compute, _torch.h what they need of PyTorch. No header of Python's or PyTorch's is needed.
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <memory>
 #include <vector>
 
-#include "_maps.h"
+#include "_passes.h"
+#include "_torch.h"
+
+extern "C" int omp_get_max_threads();  // of the OpenMP runtime that PyTorch has loaded
 
 namespace {
 
-constexpr Index kChannelBlock = 64;     // channels of an NHWC map that one thread sums at a time
-constexpr Index kWorthAThread = 32768;  // elements, PyTorch's own grain
-constexpr Index kCached = 1 << 20;      // elements of a sample that the caches still hold when its turn comes
+template <typename T> constexpr std::int32_t kType = 0;
+template <> constexpr std::int32_t kType<float> = kFloat32;
+template <> constexpr std::int32_t kType<double> = kFloat64;
+template <> constexpr std::int32_t kType<BFloat16> = kBFloat16;
 
-Index threads_for(const Shape& d) {
-  Index most = d.batch * d.channels * d.area / kWorthAThread + 1;
-  return most < d.threads ? most : d.threads;
-}
-
-// exp for sums of a few terms, written so that compilers vectorise it: 2^n times a Taylor series on [-ln2/2, ln2/2].
-template <typename T> struct Exp;
-
-template <> struct Exp<float> {
-  static float of(float x) {
-    x = x > 88.f ? 88.f : (x < -87.f ? -87.f : x);
-    float n = std::nearbyint(x * 1.44269504f);
-    float r = std::fma(n, -1.42860677e-6f, std::fma(n, -0.693145752f, x));
-    float p = 1.f / 5040;
-    p = std::fma(p, r, 1.f / 720);
-    p = std::fma(p, r, 1.f / 120);
-    p = std::fma(p, r, 1.f / 24);
-    p = std::fma(p, r, 1.f / 6);
-    p = std::fma(p, r, 0.5f);
-    p = std::fma(p, r, 1.f);
-    p = std::fma(p, r, 1.f);
-    std::int32_t bits = (static_cast<std::int32_t>(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    return p * power;
-  }
-};
-
-template <> struct Exp<double> {
-  static double of(double x) { return std::exp(x); }
-};
-
-template <typename T> T sigmoid(T x) { return T(1) / (T(1) + Exp<T>::of(-x)); }
-
-// ---- vectors ----
-
-template <typename T> struct Weights {
-  const T *gamma, *beta, *kernel, *mean, *var, *drop;  // gamma, beta and drop may be null
-  Index size;
-  T eps;
-};
-
-// The norm's: 1 / sqrt(var + eps), and that times gamma.
-template <typename T> void norm_of(const Weights<T>& w, Index channels, T* inverse, T* norm) {
-  for (Index c = 0; c < channels; ++c) inverse[c] = T(1) / std::sqrt(w.var[c] + w.eps);
-  for (Index c = 0; c < channels; ++c) norm[c] = w.gamma ? w.gamma[c] * inverse[c] : inverse[c];
-}
-
-// q = (pooled - mean) * norm + beta
-template <typename T>
-void normed(const Weights<T>& w, const T* norm, const T* pooled, Index channels, T* q) {
-  for (Index c = 0; c < channels; ++c) q[c] = (pooled[c] - w.mean[c]) * norm[c];
-  if (w.beta)
-    for (Index c = 0; c < channels; ++c) q[c] += w.beta[c];
-}
-
-// Calls body(j, offset, from, to) for each weight of a kernel: it meets channel c + offset for c of [from, to).
-template <typename F> void for_kernel(Index size, Index channels, F body) {
-  for (Index j = 0; j < size; ++j) {
-    Index offset = j - size / 2;
-    body(j, offset, std::max<Index>(0, -offset), std::min(channels, channels - offset));
+// Calls run(M(), T()) with the type of a map's elements and that of its vectors. Returns false for other types.
+template <typename F> bool by_type(const Tensor& map, F run) {
+  switch (map.dtype()) {
+    case kFloat32: return run(float(), float());
+    case kFloat64: return run(double(), double());
+    case kBFloat16: return run(BFloat16(), float());
+    default: return false;
   }
 }
 
-// gate = sigmoid(conv(q)) * drop, of one sample.
-template <typename T> void gate_of(const Weights<T>& w, const T* q, Index channels, Index b, T* gate) {
-  std::fill_n(gate, channels, T(0));
-  for_kernel(w.size, channels, [=](Index j, Index offset, Index from, Index to) {
-    T k = w.kernel[j];
-    for (Index c = from; c < to; ++c) gate[c] += k * q[c + offset];
+// ---- arguments ----
+
+bool is_nchw(const Tensor& map) { return map.is_dense({0, 1, 2, 3}); }
+bool is_nhwc(const Tensor& map) { return map.is_dense({0, 2, 3, 1}); }
+bool is_map(const Tensor& t) { return t.dim() == 4 && t.numel() && (is_nchw(t) || is_nhwc(t)); }
+
+Shape shape_of(const Tensor& map) {
+  const Index* sizes = map.sizes();
+  return {sizes[0], sizes[1], sizes[2] * sizes[3], !is_nchw(map), omp_get_max_threads()};
+}
+
+// Has a map laid out as another, of the same sizes and type. Returns false where it has others.
+bool lay_out(Tensor& map, const Tensor& like) {
+  const Index *own = map.sizes(), *sizes = like.sizes();
+  std::int32_t dtype = like.dtype();
+  if (map.dim() != 4 || !std::equal(own, own + 4, sizes) || map.dtype() != dtype) return false;
+  if (!(is_nchw(like) ? is_nchw(map) : is_nhwc(map))) {
+    Tensor copy = Tensor::like(like, dtype);
+    copy.copy(map);
+    map = std::move(copy);
+  }
+  return true;
+}
+
+// Returns a vector's elements in a type; it becomes a copy where it has another or they are not side by side.
+template <typename T> T* elements(Tensor& t) {
+  if (t && !(t.dtype() == kType<T> && t.is_contiguous())) t = t.to(kType<T>);
+  return t.data<T>();
+}
+
+// Whether a vector, if there is one, has so many elements, of a type that a map may come with.
+template <typename M, typename T> bool is_vector(const Tensor& t, Index count) {
+  if (!t) return true;
+  std::int32_t dtype = t.dtype();
+  return t.dim() <= 3 && t.numel() == count && (dtype == kType<T> || dtype == kType<M>);
+}
+
+// The vectors that all operators take.
+struct Vectors {
+  Tensor gamma, beta, kernel, mean, var, drop;
+
+  static Vectors read(Stack& s) {
+    return {s.optional(), s.optional(), s.tensor(), s.optional(), s.optional(), s.optional()};
+  }
+
+  template <typename M, typename T> bool fit(const Shape& d) const {
+    for (const Tensor* t : {&gamma, &beta, &mean, &var})
+      if (!is_vector<M, T>(*t, d.channels)) return false;
+    return is_vector<M, T>(drop, d.batch) && is_vector<M, T>(kernel, kernel.numel());
+  }
+
+  template <typename T> Weights<T> weights(double eps) {
+    const T *g = elements<T>(gamma), *b = elements<T>(beta), *k = elements<T>(kernel);
+    return {g, b, k, elements<T>(mean), elements<T>(var), elements<T>(drop), kernel.numel(), T(eps)};
+  }
+};
+
+// Statistics that are updated, in whatever type they are kept.
+struct Running {
+  Tensor mean, var, seen;
+
+  static Running read(Stack& s) { return {s.optional(), s.optional(), s.optional()}; }
+
+  template <typename M, typename T> bool fit(const Shape& d) const {
+    bool counts = !seen || (seen.numel() == 1 && seen.dtype() == kInt64);
+    return counts && bool(mean) == bool(var) && is_vector<M, T>(mean, d.channels) && is_vector<M, T>(var, d.channels);
+  }
+
+  // By the moments of a batch; a factor that is no number is one over the batches seen.
+  template <typename T> void update(const Shape& d, const T* batch_mean, const T* batch_var, double factor) {
+    Index batches = seen ? ++*seen.data<Index>() : 0;
+    if (!mean) return;
+    if (std::isnan(factor)) factor = batches ? 1.0 / double(batches) : 0.0;
+    Tensor kept_mean = mean.same(), kept_var = var.same();
+    T *own_mean = elements<T>(kept_mean), *own_var = elements<T>(kept_var);
+    update_running(d, batch_mean, batch_var, own_mean, own_var, factor);
+    if (own_mean != mean.data<T>()) mean.copy(kept_mean);
+    if (own_var != var.data<T>()) var.copy(kept_var);
+  }
+};
+
+// The gradients of gamma, beta and the kernel, which are given in their types.
+struct Gradients {
+  Tensor gamma, beta, kernel;
+
+  explicit Gradients(const Vectors& of)
+      : types_{of.gamma ? of.gamma.dtype() : 0, of.beta ? of.beta.dtype() : 0, of.kernel.dtype()} {}
+
+  void make(Index channels, Index size, std::int32_t dtype) {
+    gamma = Tensor::empty({channels}, dtype), beta = Tensor::empty({channels}, dtype);
+    kernel = Tensor::empty({1, 1, size}, dtype);
+  }
+
+  void give(Stack& s) {
+    const std::int32_t* type = types_;
+    for (Tensor* t : {&gamma, &beta, &kernel}) {
+      s.give(*type && *type != t->dtype() ? t->to(*type) : std::move(*t));
+      ++type;
+    }
+  }
+
+ private:
+  std::int32_t types_[3];
+};
+
+// ---- operators ----
+
+void infer(Value* stack, std::uint64_t, std::uint64_t) {
+  Stack s(stack);
+  Tensor z = s.tensor(), shortcut = s.optional();
+  Vectors own = Vectors::read(s);
+  Tensor pooled = s.optional();
+  Tensor other_gamma = s.optional(), other_beta = s.optional(), other_mean = s.optional(), other_var = s.optional();
+  double eps = s.number(), other_eps = s.number();
+  bool relu = s.flag();
+  s.give(by_type(z, [&](auto m, auto t) {
+    using M = decltype(m);
+    using T = decltype(t);
+    if (!is_map(z)) return false;
+    Shape d = shape_of(z);
+    for (const Tensor* v : {&other_gamma, &other_beta, &other_mean, &other_var})
+      if (!is_vector<M, T>(*v, d.channels)) return false;
+    if (!own.fit<M, T>(d) || !is_vector<M, T>(pooled, d.batch * d.channels)) return false;
+    if (shortcut && !lay_out(shortcut, z)) return false;
+    Other<M, T> other{shortcut.data<M>(), elements<T>(other_gamma), elements<T>(other_beta), elements<T>(other_mean),
+                      elements<T>(other_var), T(other_eps)};
+    Weights<T> w = own.weights<T>(eps);
+    std::vector<T> unkept(pooled ? 0 : d.batch * d.channels);
+    T* means = pooled ? elements<T>(pooled) : unkept.data();
+    forward<M, T>(d, z.data<M>(), other, z.data<M>(), w, nullptr, nullptr, means, nullptr, nullptr,
+                  pooled ? Read::kNothing : Read::kPool, relu);
+    return true;
+  }));
+}
+
+// In a graph, whose maps may be laid out as a compiler has chosen.
+void graph_infer(Value* stack, std::uint64_t arguments, std::uint64_t) {
+  Tensor z = Tensor(reinterpret_cast<Handle>(stack[0])), dense = is_map(z) ? z.same() : z.to(z.dtype());
+  bool apart = dense.data<void>() != z.data<void>();
+  stack[0] = reinterpret_cast<Value>(dense.same().release());
+  infer(stack, arguments, 1);
+  if (!Stack(stack).flag()) throw std::invalid_argument("timm_eca::graph_infer_ takes float32, float64 and bfloat16.");
+  if (apart) z.copy(dense);
+}
+
+void tail(Value* stack, std::uint64_t, std::uint64_t) {
+  Stack s(stack);
+  Tensor z = s.tensor(), shortcut = s.optional();
+  Vectors own = Vectors::read(s);
+  Running running = Running::read(s);
+  double factor = s.number(), eps = s.number();
+  bool relu = s.flag(), inplace = s.flag(), of_batch = !own.mean;
+  Tensor out, pooled, mean, var;
+  bool taken = by_type(z, [&](auto m, auto t) {
+    using M = decltype(m);
+    using T = decltype(t);
+    if (!is_map(z)) return false;
+    Shape d = shape_of(z);
+    if (of_batch && d.batch * d.area == 1) return false;  // batch norm has its own error for a single value
+    if (!own.fit<M, T>(d) || !running.fit<M, T>(d) || (shortcut && !lay_out(shortcut, z))) return false;
+    if (!inplace) out = Tensor::like(z, kType<M>);
+    pooled = Tensor::empty({d.batch, d.channels}, kType<T>);
+    Weights<T> w = own.weights<T>(eps);
+    if (of_batch) {
+      mean = Tensor::empty({d.channels}, kType<T>), var = Tensor::empty({d.channels}, kType<T>);
+      w.mean = mean.data<T>(), w.var = var.data<T>();
+    }
+    forward<M, T>(d, z.data<M>(), {shortcut.data<M>()}, (inplace ? z : out).data<M>(), w, mean.data<T>(), var.data<T>(),
+                  pooled.data<T>(), nullptr, nullptr, of_batch ? Read::kMoments : Read::kPool, relu);
+    running.update(d, w.mean, w.var, factor);
+    return true;
   });
-  T drop = w.drop ? w.drop[b] : T(1);
-  for (Index c = 0; c < channels; ++c) gate[c] = sigmoid(gate[c]) * drop;
+  s.give(taken);
+  for (Tensor* t : {&out, &pooled, &mean, &var}) s.give_or_empty(std::move(*t), z.dtype());
 }
 
-template <typename T>
-void gains_of(const Weights<T>& w, const T* norm, const T* pooled, Index channels, Index b, T* scale, T* offset) {
-  T *q = offset, *gate = scale;  // each is read before its place is written
-  normed(w, norm, pooled, channels, q);
-  gate_of(w, q, channels, b, gate);
-  for (Index c = 0; c < channels; ++c) {
-    offset[c] = gate[c] * q[c];
-    scale[c] = gate[c] * norm[c];
-  }
-}
-
-// ---- loops over samples and channels ----
-
-// Calls body(i) for each i below count.
-template <typename F> void in_parallel(const Shape& d, Index count, F body) {
-  Index threads = threads_for(d);
-  if (threads == 1) {  // entering a parallel region costs as much as a small map
-    for (Index i = 0; i < count; ++i) body(i);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (Index i = 0; i < count; ++i) body(i);
-}
-
-template <typename F> void for_samples(const Shape& d, F body) { in_parallel(d, d.batch, body); }
-
-// Calls body(b, c0, c1) for every sample and range of channels, in parallel.
-template <typename F> void for_channels(const Shape& d, F body) {
-  Index width = d.batch >= d.threads ? d.channels : kChannelBlock;
-  Index blocks = (d.channels + width - 1) / width;
-  in_parallel(d, d.batch * blocks, [=](Index i) {
-    Index c0 = i % blocks * width;
-    body(i / blocks, c0, std::min(c0 + width, d.channels));
+void tail_backward(Value* stack, std::uint64_t, std::uint64_t) {
+  Stack s(stack);
+  Tensor grad = s.tensor(), out = s.optional(), z = s.tensor(), pooled = s.tensor();
+  Vectors own = Vectors::read(s);
+  double eps = s.number();
+  bool of_batch = s.flag(), for_z = s.flag();
+  Gradients of(own);
+  Tensor masked, dz;
+  bool taken = by_type(z, [&](auto m, auto t) {
+    using M = decltype(m);
+    using T = decltype(t);
+    if (!lay_out(grad, z) || (out && !lay_out(out, z))) return false;
+    Shape d = shape_of(z);
+    if (out) masked = Tensor::like(z, kType<M>);
+    if (for_z) dz = Tensor::like(z, kType<M>);
+    Weights<T> w = own.weights<T>(eps);
+    of.make(d.channels, w.size, kType<T>);
+    backward<M, T>(d, grad.data<M>(), out.data<M>(), z.data<M>(), out ? masked.data<M>() : grad.data<M>(),
+                   dz.data<M>(), w, elements<T>(pooled), of.gamma.data<T>(), of.beta.data<T>(), of.kernel.data<T>(),
+                   nullptr, nullptr, nullptr, nullptr, of_batch);
+    return true;
   });
+  if (!taken) throw std::invalid_argument("timm_eca: a tail's gradient has another shape or type than its map.");
+  s.give_or_empty(std::move(dz), z.dtype()), s.give_or_empty(std::move(masked), z.dtype());
+  of.give(s);
 }
 
-template <typename T>
-void batch_moments(const Shape& d, const T* pooled, const T* square, T* mean, T* var) {
-  std::vector<double> sum(d.channels), squares(d.channels);
-  for (Index b = 0; b < d.batch; ++b)
-    for (Index c = 0; c < d.channels; ++c) sum[c] += pooled[b * d.channels + c];
-  for (Index c = 0; c < d.channels; ++c) sum[c] /= d.batch;
-  for (Index b = 0; b < d.batch; ++b)
-    for (Index c = 0; c < d.channels; ++c) {
-      double off = pooled[b * d.channels + c] - sum[c];
-      squares[c] += square[b * d.channels + c] + off * off * d.area;
+void gains(Value* stack, std::uint64_t, std::uint64_t) {
+  Stack s(stack);
+  Tensor z = s.tensor();
+  Vectors own = Vectors::read(s);
+  double eps = s.number();
+  bool of_batch = !own.mean;
+  Tensor pooled, mean, var, scale, offset;
+  bool taken = by_type(z, [&](auto m, auto t) {
+    using M = decltype(m);
+    using T = decltype(t);
+    if (z.dim() != 4) return false;
+    if (!is_map(z)) z = z.to(kType<M>);
+    Shape d = shape_of(z);
+    if (!own.fit<M, T>(d)) return false;
+    for (Tensor* v : {&pooled, &scale, &offset}) *v = Tensor::empty({d.batch, d.channels}, kType<T>);
+    Weights<T> w = own.weights<T>(eps);
+    if (of_batch) {
+      mean = Tensor::empty({d.channels}, kType<T>), var = Tensor::empty({d.channels}, kType<T>);
+      w.mean = mean.data<T>(), w.var = var.data<T>();
     }
-  for (Index c = 0; c < d.channels; ++c) {
-    mean[c] = T(sum[c]);
-    var[c] = T(squares[c] / (double(d.batch) * d.area));
-  }
-}
-
-template <typename T>
-void update_running(const Shape& d, const T* mean, const T* var, T* running_mean, T* running_var, double factor) {
-  double count = double(d.batch) * d.area, unbias = count / (count - 1);
-  for (Index c = 0; c < d.channels; ++c) {
-    running_mean[c] += T(factor * (mean[c] - running_mean[c]));
-    running_var[c] += T(factor * (var[c] * unbias - running_var[c]));
-  }
-}
-
-// What is added to a map: nothing where the map is null, and through its norm unless it has no moments.
-template <typename M, typename T> struct Other {
-  const M* map;
-  const T *gamma, *beta, *mean, *var;
-  T eps;
-
-  // The norm's factor, and what it adds on top of that of each sample.
-  T gain(Index c) const { return (gamma ? gamma[c] : T(1)) / std::sqrt(var[c] + eps); }
-  T shift(Index c, T gain) const { return (beta ? beta[c] : T(0)) - mean[c] * gain; }
-};
-
-template <typename M, typename T>
-void apply(const M* z, const Other<M, T>& other, M* out, const T* centre, const T* scale, const T* offset,
-           const T* gain, const M* next, const Shape& d, Index b, Index c0, Index c1, bool relu) {
-  Index at = b * d.channels * d.area, v = b * d.channels;
-  auto run = !other.map ? (relu ? affine<M, T, Add::kNothing, true> : affine<M, T, Add::kNothing, false>)
-             : other.mean ? (relu ? affine<M, T, Add::kScaledOther, true> : affine<M, T, Add::kScaledOther, false>)
-                          : (relu ? affine<M, T, Add::kOther, true> : affine<M, T, Add::kOther, false>);
-  const M* added = other.map ? other.map + at : nullptr;
-  run(z + at, added, out + at, centre + v, scale + v, offset + v, gain, next, d, c0, c1);
-}
-
-enum class Read : Index { kNothing, kPool, kMoments };
-
-// What is read of z is not given. Without out the result is what would make it: scale and offset, else null.
-template <typename M, typename T>
-void forward(const Shape& d, const M* z, const Other<M, T>& other, M* out, const Weights<T>& w, T* mean, T* var,
-             T* pooled, T* scale, T* offset, Read reading, bool relu) {
-  Index channels = d.channels, vectors = d.batch * channels;
-  std::unique_ptr<T[]> space(new T[3 * channels + (out ? 2 * vectors : 0)]);
-  T *inverse = space.get(), *norm = inverse + channels, *gain = norm + channels;
-  if (out) scale = gain + channels, offset = scale + vectors;
-  T* square = offset;
-  for (Index c = 0; c < channels; ++c) gain[c] = other.mean ? other.gain(c) : T(1);
-  auto read = [=](Index b, Index c0, Index c1) {
-    Index v = b * channels;
-    if (reading == Read::kMoments)
-      moments(z + v * d.area, d, c0, c1, pooled + v, square + v);
-    else if (reading == Read::kPool)
-      pool(z + v * d.area, d, c0, c1, pooled + v);
-  };
-  auto gains = [=](Index b) {
-    Index v = b * channels;
-    gains_of(w, norm, pooled + v, channels, b, scale + v, offset + v);
-    if (other.mean)
-      for (Index c = 0; c < channels; ++c) offset[v + c] += other.shift(c, gain[c]);
-  };
-  auto write = [=](const M* next, Index b, Index c0, Index c1) {
-    if (out) apply(z, other, out, pooled, scale, offset, gain, next, d, b, c0, c1, relu);
-  };
-  if (reading != Read::kMoments && d.batch >= d.threads) {  // a sample at a time: its second read is from the cache
-    norm_of(w, channels, inverse, norm);
-    Index sample = channels * d.area, asking = reading == Read::kPool && sample <= kCached ? d.batch - 1 : 0;
-    for_samples(d, [=](Index b) {
-      read(b, 0, channels), gains(b);
-      write(b < asking ? z + (b + 1) * sample : nullptr, b, 0, channels);
-    });
-    return;
-  }
-  for_channels(d, read);
-  if (reading == Read::kMoments) batch_moments(d, pooled, square, mean, var);
-  norm_of(w, channels, inverse, norm);
-  for_samples(d, gains);
-  for_channels(d, [=](Index b, Index c0, Index c1) { write(nullptr, b, c0, c1); });
-}
-
-// From a sample's dots and total: the gradients of q and of the kernel; scale becomes what multiplies grad in that of
-// z, and dots the gradient of the norm's scale.
-template <typename T>
-void gate_grads(const Weights<T>& w, const T* norm, const T* pooled, Index channels, Index b, T* dots, const T* total,
-                T* scale, T* dq, T* dkernel) {
-  std::unique_ptr<T[]> space(new T[3 * channels]);
-  T *q = space.get(), *gate = q + channels, *dy = gate + channels;
-  normed(w, norm, pooled, channels, q);
-  gate_of(w, q, channels, b, gate);
-  T drop = w.drop ? w.drop[b] : T(1), undo = drop == T(0) ? T(0) : T(1) / drop;
-  for (Index c = 0; c < channels; ++c) {
-    dy[c] = (dots[c] * norm[c] + total[c] * q[c]) * gate[c] * (T(1) - gate[c] * undo);
-    dq[c] = total[c] * gate[c];
-  }
-  for_kernel(w.size, channels, [=](Index j, Index offset, Index from, Index to) {
-    T k = w.kernel[j], dk = 0;
-#pragma omp simd reduction(+ : dk)
-    for (Index c = from; c < to; ++c) {
-      dq[c + offset] += k * dy[c];
-      dk += dy[c] * q[c + offset];
-    }
-    dkernel[j] = dk;
+    forward<M, T>(d, z.data<M>(), {}, nullptr, w, mean.data<T>(), var.data<T>(), pooled.data<T>(), scale.data<T>(),
+                  offset.data<T>(), of_batch ? Read::kMoments : Read::kPool, false);
+    return true;
   });
-  for (Index c = 0; c < channels; ++c) {
-    dots[c] = dots[c] * gate[c] + dq[c] * (pooled[c] - w.mean[c]);
-    scale[c] = gate[c] * norm[c];
-  }
+  if (!taken) throw std::invalid_argument("timm_eca::gains takes float32, float64 and bfloat16.");
+  std::int32_t dtype = pooled.dtype();
+  for (Tensor* t : {&pooled, &mean, &var, &scale, &offset}) s.give_or_empty(std::move(*t), dtype);
 }
 
-// Without grad its dots and total are given, and the result is what would make dz: scale, slope, and shift in place of
-// total. With it these are null.
-template <typename M, typename T>
-void backward(const Shape& d, const M* grad, const M* out, const M* z, M* g, M* dz, const Weights<T>& w,
-              const T* pooled, T* dgamma, T* dbeta, T* dkernel, T* dot, T* total, T* scale, T* slope, bool of_batch) {
-  Index channels = d.channels, vectors = d.batch * channels;
-  std::unique_ptr<T[]> space(new T[vectors + 3 * channels + d.batch * w.size + (grad ? 3 * vectors + channels : 0)]);
-  T *dq = space.get(), *inverse = dq + vectors, *norm = inverse + channels, *common = norm + channels;
-  T* dkernels = common + channels;
-  if (grad) dot = dkernels + d.batch * w.size, total = dot + vectors, scale = total + vectors, slope = scale + vectors;
-  std::fill_n(slope, channels, T(0));
-  std::fill_n(common, channels, T(0));
-  norm_of(w, channels, inverse, norm);
-  auto sum = [=](Index b, Index c0, Index c1) {
-    Index v = b * channels, at = v * d.area;
-    auto run = out ? dots<M, T, true> : dots<M, T, false>;
-    run(grad + at, out ? out + at : nullptr, z + at, out ? g + at : nullptr, pooled + v, dot + v, total + v, d, c0, c1);
-  };
-  auto grads = [=](Index b) {
-    Index v = b * channels;
-    gate_grads(w, norm, pooled + v, channels, b, dot + v, total + v, scale + v, dq + v, dkernels + b * w.size);
-  };
-  // z reaches the result by itself, times scale; by its mean, which is also subtracted; and by the batch's moments.
-  T* shift = total;
-  auto shift_of = [=](Index b) {
-    for (Index c = 0, v = b * channels; c < channels; ++c, ++v)
-      shift[v] = (dq[v] * norm[c] - scale[v] * total[v]) / T(d.area) + common[c];
-  };
-  const M* masked = out ? g : grad;
-  auto write = [=](Index b, Index c0, Index c1) {
-    Index v = b * channels, at = v * d.area;
-    map_grad(masked + at, z + at, dz + at, scale + v, w.mean, slope, shift + v, d, c0, c1);
-  };
-  bool at_once = grad && !of_batch && d.batch >= d.threads;
-  if (at_once) {  // a sample at a time: its second read comes from the cache
-    for_samples(d, [=](Index b) {
-      sum(b, 0, channels), grads(b);
-      if (dz) shift_of(b), write(b, 0, channels);
-    });
-  } else {
-    if (grad) for_channels(d, sum);
-    for_samples(d, grads);
-  }
-
-  std::vector<double> sums(2 * channels + w.size);
-  double *dnorm = sums.data(), *dmean = dnorm + channels, *dk = dmean + channels;
-  for (Index b = 0; b < d.batch; ++b) {
-    for (Index c = 0; c < channels; ++c) dnorm[c] += dot[b * channels + c], dmean[c] += dq[b * channels + c];
-    for (Index j = 0; j < w.size; ++j) dk[j] += dkernels[b * w.size + j];
-  }
-  for (Index c = 0; c < channels; ++c) dgamma[c] = T(dnorm[c] * inverse[c]), dbeta[c] = T(dmean[c]);
-  for (Index j = 0; j < w.size; ++j) dkernel[j] = T(dk[j]);
-  if (at_once || (grad && !dz)) return;
-
-  double count = double(d.batch) * d.area;
-  if (of_batch)
-    for (Index c = 0; c < channels; ++c) {
-      slope[c] = T(-dnorm[c] * norm[c] * inverse[c] * inverse[c] / count);
-      common[c] = T(-dmean[c] * norm[c] / count);
-    }
-  for_samples(d, shift_of);
-  if (dz) for_channels(d, write);
+void gains_backward(Value* stack, std::uint64_t, std::uint64_t) {
+  Stack s(stack);
+  Tensor dots = s.tensor(), total = s.tensor(), pooled = s.tensor();
+  Vectors own = Vectors::read(s);
+  double eps = s.number();
+  Index area = s.integer();
+  bool of_batch = s.flag();
+  Gradients of(own);
+  Tensor shift, slope;
+  bool taken = by_type(pooled, [&](auto, auto t) {
+    using T = decltype(t);
+    Shape d{pooled.sizes()[0], pooled.sizes()[1], area, false, omp_get_max_threads()};
+    Tensor dot, scale;
+    for (Tensor* v : {&dot, &scale, &shift}) *v = Tensor::empty({d.batch, d.channels}, kType<T>);
+    slope = Tensor::empty({d.channels}, kType<T>);
+    dot.copy(dots), shift.copy(total);
+    Weights<T> w = own.weights<T>(eps);
+    of.make(d.channels, w.size, kType<T>);
+    backward<T, T>(d, nullptr, nullptr, nullptr, nullptr, nullptr, w, elements<T>(pooled), of.gamma.data<T>(),
+                   of.beta.data<T>(), of.kernel.data<T>(), dot.data<T>(), shift.data<T>(), scale.data<T>(),
+                   slope.data<T>(), of_batch);
+    return true;
+  });
+  if (!taken) throw std::invalid_argument("timm_eca::gains_backward takes float32 and float64.");
+  s.give(std::move(shift)), s.give(std::move(slope)), of.give(s);
 }
-
-// ---- calls: what native.py packs, field by field ----
-
-// What finds a tensor's elements by its Python object, which is PyTorch's own function. With it tensors come as objects,
-// and none is what stands for no tensor; without it they come as addresses of their elements, or null.
-struct Finder {
-  void* (*data_of)(void*);
-  void* none;
-
-  // Puts addresses in place of the objects in the pointers that a struct ends with, from `first` on.
-  void find(char* first, const char* end) const {
-    if (!data_of) return;
-    for (; first != end; first += sizeof(void*)) {
-      void* tensor;
-      std::memcpy(&tensor, first, sizeof tensor);
-      tensor = tensor == none ? nullptr : data_of(tensor);
-      std::memcpy(first, &tensor, sizeof tensor);
-    }
-  }
-};
-
-template <typename Call> void run(const Call* packed) {
-  Call call = *packed;
-  char* start = reinterpret_cast<char*>(&call);
-  call.finder.find(start + Call::kTensors, start + sizeof call);
-  call.run();
-}
-
-template <typename M, typename T> struct Forward {
-  Shape shape;
-  Index size;
-  Read reading;
-  Index relu;
-  double eps, factor, other_eps;
-  Finder finder;
-  const M *z, *other;
-  M* out;
-  const T *gamma, *beta, *kernel;
-  T *mean, *var;
-  const T* drop;
-  T *pooled, *running_mean, *running_var;
-  const T *other_gamma, *other_beta, *other_mean, *other_var;
-  T *scale, *offset;
-
-  void run() const {
-    Weights<T> weights{gamma, beta, kernel, mean, var, drop, size, T(eps)};
-    Other<M, T> added{other, other_gamma, other_beta, other_mean, other_var, T(other_eps)};
-    std::vector<T> unkept(pooled ? 0 : shape.batch * shape.channels);
-    T* pool = pooled ? pooled : unkept.data();
-    forward<M, T>(shape, z, added, out, weights, mean, var, pool, scale, offset, reading, relu);
-    if (running_mean) update_running(shape, mean, var, running_mean, running_var, factor);
-  }
-
-  static constexpr std::size_t kTensors = offsetof(Forward, z);
-};
-
-template <typename M, typename T> struct Backward {
-  Shape shape;
-  Index size, of_batch, unused;
-  double eps;
-  Finder finder;
-  const M *grad, *out, *z;
-  M *masked, *dz;
-  const T *gamma, *beta, *kernel, *mean, *var, *drop, *pooled;
-  T *dgamma, *dbeta, *dkernel, *dot, *total, *scale, *slope;
-
-  void run() const {
-    Weights<T> weights{gamma, beta, kernel, mean, var, drop, size, T(eps)};
-    backward<M, T>(shape, grad, out, z, masked, dz, weights, pooled, dgamma, dbeta, dkernel, dot, total, scale, slope,
-                of_batch);
-  }
-
-  static constexpr std::size_t kTensors = offsetof(Backward, grad);
-};
 
 }  // namespace
 
-extern "C" {
-void tail_forward_f32(const Forward<float, float>* call) { run(call); }
-void tail_forward_f64(const Forward<double, double>* call) { run(call); }
-void tail_forward_bf16(const Forward<BFloat16, float>* call) { run(call); }
-void tail_backward_f32(const Backward<float, float>* call) { run(call); }
-void tail_backward_f64(const Backward<double, double>* call) { run(call); }
-void tail_backward_bf16(const Backward<BFloat16, float>* call) { run(call); }
+// Makes the operators' kernels known to PyTorch, which has their schemas. Returns whether it took them.
+extern "C" bool timm_eca_register(const Api* found) {
+  api = *found;
+  void* library;  // stays: PyTorch forgets the kernels when it goes
+  if (api.init_impl("timm_eca", "CPU", "_native.cpp", 0, &library)) return false;
+  struct { const char* name; Kernel kernel; } operators[] = {
+      {"infer_", infer}, {"graph_infer_", graph_infer}, {"tail", tail}, {"tail_backward", tail_backward},
+      {"gains", gains}, {"gains_backward", gains_backward}};
+  for (auto& own : operators)
+    if (api.library_impl(library, own.name, own.kernel)) return false;
+  return true;
 }

@@ -5,7 +5,7 @@ emptied the caches, where a line of Python costs ten times what it costs in a lo
 lookups. Whoever watches or transforms single operations (hooks, modes, tracers, functorch) gets the plain path.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +15,18 @@ from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.utils.hooks import RemovableHandle
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..layers import EcaLayer
 from .formula import Norm
 from .halves import TailRule
-from .known import Known
 from .pooled import may_pool
 
 __all__ = ["Parts", "find_parts", "graph_parts", "is_eca", "map_fits", "unwatched"]
 
 _FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
+_SIGMOIDS = (nn.Sigmoid, Sigmoid)
 _SYNC_NORMS = (nn.SyncBatchNorm, SyncBatchNormAct)
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d, *_SYNC_NORMS, *_FROZEN_NORMS)
 _GLOBAL_HOOKS = (
@@ -79,12 +80,12 @@ class Parts:
         shortcut_norm: The norm that ends the downsample, None where none does.
         act: The activation after the addition, None where there is none.
         relu: Whether that is ReLU.
+        short: Whether there is no downsample, and the gate is the one that the compiled passes take.
         pools: Whether the mean of the convolution's map may be worth having before the map.
         children: Of modules that have any: the dictionary of their children, and who was in it.
         hooks: The modules' dictionaries of hooks.
         attributes: The modules' own attributes; a forward among them is somebody's patch.
-        known: What was found out about the tail's tensors, by whether gradients are recorded and whether the norm
-            takes the batch's statistics.
+        handles: How many handles of hooks had been made, of any module, when there was none on these.
     """
 
     adds: bool
@@ -97,11 +98,12 @@ class Parts:
     shortcut_norm: NormPart | None
     act: Any
     relu: bool
+    short: bool = False
     pools: bool = True
     children: tuple[tuple[dict[str, Any], list[Any]], ...] = ()
     hooks: tuple[dict[int, Any], ...] = ()
     attributes: tuple[dict[str, Any], ...] = ()
-    known: dict[tuple[bool, bool], Known] = field(default_factory=dict)
+    handles: int = -1
 
     def still_fit(self, block: nn.Module) -> bool:
         """Whether the same modules are in their places in this block, unheard by any hook, and not patched."""
@@ -114,8 +116,11 @@ class Parts:
             return False
         if self.shortcut_norm is not None and len(self.shortcut_norm.affine) < 2:
             return False
-        if any(self.hooks):
-            return False
+        made = RemovableHandle.next_id
+        if made != self.handles:  # a hook was registered, somewhere
+            if any(self.hooks):
+                return False
+            self.handles = made
         for attributes in self.attributes:
             if "forward" in attributes:
                 return False
@@ -139,12 +144,13 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         conv=conv,
         norm=_norm_part(norm),
         kernel=attn.conv._parameters,
-        gate=torch.sigmoid if type(attn.gate) in (nn.Sigmoid, Sigmoid) else attn.gate,
+        gate=torch.sigmoid if type(attn.gate) in _SIGMOIDS else attn.gate,
         drop_path=drop_path if type(drop_path) is DropPath else None,
         downsample=downsample,
         shortcut_norm=None if last is None else _norm_part(last),
         act=act,
         relu=type(act) is nn.ReLU,
+        short=downsample is None and type(attn.gate) in _SIGMOIDS,
         pools=may_pool(conv),
         children=tuple((m._modules, [*m._modules.values()]) for m in (block, attn, norm, *shortcut)),
         hooks=tuple(d for m in heard for d in _hooks(m)),

@@ -44,11 +44,19 @@ class Moments(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Running statistics to update: mean and unbiased variance (C,), and the weight of the batch's."""
+    """Running statistics to update.
+
+    Attributes:
+        mean: Mean (C,).
+        var: Unbiased variance (C,).
+        factor: The weight of the batch's; None for one over the batches seen.
+        seen: The batches seen (), None where they are not counted.
+    """
 
     mean: Tensor
     var: Tensor
-    factor: float | Tensor
+    factor: float | None
+    seen: Tensor | None = None
 
 
 class Norm(NamedTuple):
@@ -152,10 +160,21 @@ def update_running(running: Running | None, moments: Moments, z: Tensor) -> None
     """Update running statistics by those of a batch, as `torch.nn.BatchNorm2d` does."""
     if running is None:
         return
-    count = z[:, 0].numel()
+    values = z[:, 0].numel()
     with torch.no_grad():
-        running.mean.lerp_(moments.mean.to(running.mean.dtype), running.factor)
-        running.var.lerp_((moments.var * (count / (count - 1))).to(running.var.dtype), running.factor)
+        factor = _factor_of(running)
+        running.mean.lerp_(moments.mean.to(running.mean.dtype), factor)
+        running.var.lerp_((moments.var * (values / (values - 1))).to(running.var.dtype), factor)
+
+
+def _factor_of(running: Running) -> float | Tensor:
+    """Count the batch, and return its weight."""
+    factor, seen = running.factor, running.seen
+    if seen is not None:
+        seen.add_(1)
+        if factor is None:  # in a graph a number would break it
+            return 1 / (seen.to(running.mean.dtype) if torch.compiler.is_compiling() else float(seen))
+    return 0.0 if factor is None else factor
 
 
 def gains(pooled: Tensor, moments: Moments, weights: TailWeights) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,8 @@ from torch import Tensor
 from . import native
 from .eligible import Parts, map_fits
 from .formula import Moments, Norm, Running, TailWeights
-from .known import CLASSES, Known, Tensors
 from .pooled import pooled_before
-from .tail import engine_of, fused_tail, graph_tail
+from .tail import fused_tail, graph_tail, trained_tail
 
 __all__ = ["compiled_tail", "eager_tail", "fused_forward", "mean_before"]
 
@@ -39,64 +38,48 @@ def mean_before(parts: Parts, u: Tensor) -> Tensor | None:
 
 def eager_tail(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None) -> Tensor | None:
     """Return what a tail makes of the last convolution's map, None where that or the shortcut does not fit."""
-    mode = torch.is_grad_enabled(), parts.norm.of_batch
-    known, tensors = parts.known.get(mode), _tensors(parts, z, shortcut, pooled)
-    if known is not None and known.holds(tensors):
-        return _acted(parts, _known_tail(parts, known, tensors))
-    if not (_fits(parts, z, shortcut) and _are_plain(tensors)):
-        return None
-    added, weights = _operands(parts, z, shortcut, pooled)
-    engine = engine_of(z, added, weights)
-    if parts.downsample is None and (weights.moments or weights.running or parts.norm.stats["running_mean"] is None):
-        infer = None if any(mode) or engine is not native else native.inference(tensors, parts.relu)
-        parts.known[mode] = Known(tensors, engine, infer)
-    return _acted(parts, fused_tail(z, added, weights, parts.relu, engine))
+    out = None
+    if parts.short and not (parts.drop_path is not None and _drops(parts)):
+        out = _short_tail(parts, z, shortcut if parts.adds else None, pooled)
+    if out is None and _fits(parts, z, shortcut):
+        out = fused_tail(z, *_operands(parts, z, shortcut, pooled), parts.relu)
+    return out if out is None or parts.relu or parts.act is None else parts.act(out)
 
 
 def compiled_tail(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None) -> Tensor | None:
     """As `eager_tail`, in what `torch.compile` takes into one graph."""
-    if not _fits(parts, z, shortcut):
+    if not _maps_fit(parts, z, shortcut):
         return None
-    return _acted(parts, graph_tail(z, *_operands(parts, z, shortcut, pooled), parts.relu))
-
-
-def _tensors(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None) -> Tensors:
-    """Return what the tail of a block without a downsample computes with."""
-    affine, stats = parts.norm.affine, parts.norm.stats
-    return (
-        z,
-        shortcut if parts.adds else None,
-        affine["weight"],
-        affine["bias"],
-        parts.kernel["weight"],
-        stats["running_mean"],
-        stats["running_var"],
-        pooled,
-    )
-
-
-def _known_tail(parts: Parts, known: Known, tensors: Any) -> Tensor:
-    z, shortcut, *_, pooled = tensors
-    if known.infer is None or _drops(parts):
-        return fused_tail(z, shortcut, _weights(parts, z, pooled), parts.relu, known.engine)
-    known.infer(tensors, parts.norm.module.eps)
-    return z
-
-
-def _acted(parts: Parts, out: Tensor) -> Tensor:
+    out = graph_tail(z, *_operands(parts, z, shortcut, pooled), parts.relu)
     return out if parts.relu or parts.act is None else parts.act(out)
 
 
+def _short_tail(parts: Parts, z: Tensor, added: Tensor | None, pooled: Tensor | None) -> Tensor | None:
+    """The same by the compiled passes, None where they do not take it: few lines, of which each has its price."""
+    norm, affine, stats = parts.norm, parts.norm.affine, parts.norm.stats
+    weight, bias, kernel, eps = affine["weight"], affine["bias"], parts.kernel["weight"], norm.module.eps
+    if norm.of_batch:
+        return trained_tail((z, added, weight, bias, kernel), (None, None), _running(norm.module), eps, parts.relu)
+    mean, var = stats["running_mean"], stats["running_var"]
+    if torch.is_grad_enabled():
+        return trained_tail((z, added, weight, bias, kernel), (mean, var), None, eps, parts.relu)
+    vectors = (weight, bias, kernel, mean, var, None)
+    return z if native.infer(z, added, vectors, pooled, None, eps, parts.relu) else None
+
+
 def _fits(parts: Parts, z: Tensor, shortcut: Tensor) -> bool:
-    """Whether the tail can be computed of a map, and of the shortcut if that is added as it is."""
+    """Whether the tail can be computed of a map and the shortcut, by weights that have no operations of their own."""
+    affine, stats = parts.norm.affine, parts.norm.stats
+    weights = (affine["weight"], affine["bias"], parts.kernel["weight"], stats["running_mean"], stats["running_var"])
+    return native.are_plain(weights) and _maps_fit(parts, z, shortcut)
+
+
+def _maps_fit(parts: Parts, z: Tensor, shortcut: Tensor) -> bool:
+    """Whether it can of a map, and of the shortcut if that is added as it is."""
     if not map_fits(z, parts.norm.of_batch):
         return False
     as_it_is = parts.adds and parts.downsample is None
     return not as_it_is or (z.shape == shortcut.shape and z.dtype == shortcut.dtype)
-
-
-def _are_plain(tensors: Tensors) -> bool:
-    return all(t is None or type(t) in CLASSES for t in tensors)
 
 
 def _operands(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None) -> tuple[Tensor | None, TailWeights]:
@@ -135,14 +118,10 @@ def _drops(parts: Parts) -> bool:
 
 
 def _running(norm: Any) -> Running | None:
-    """Return the statistics that batch norm updates, as `torch.nn.BatchNorm2d` decides it, and count the batch."""
-    if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
+    """Return the statistics that batch norm updates, as `torch.nn.BatchNorm2d` decides it."""
+    if not (norm.training and norm.track_running_stats):
         return None
-    factor, count = norm.momentum, norm.num_batches_tracked
-    if count is not None:
-        count.add_(1)
-        if factor is None and torch.compiler.is_compiling():  # a number would break the graph
-            factor = 1 / count.to(norm.running_mean.dtype)
-        elif factor is None:
-            factor = 1 / float(count)
-    return Running(norm.running_mean, norm.running_var, 0.0 if factor is None else factor)
+    stats = norm._buffers
+    if stats["running_mean"] is None:
+        return None
+    return Running(stats["running_mean"], stats["running_var"], norm.momentum, stats["num_batches_tracked"])

@@ -117,6 +117,7 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@torch.no_grad()
 def forward(
     z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool, inplace: bool
 ) -> tuple[Tensor, Tensor, Moments]:

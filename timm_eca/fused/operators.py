@@ -14,15 +14,7 @@ from torch import Tensor
 from . import native
 from .formula import Moments, TailWeights
 
-__all__ = ["operator_gains"]
-
-_VECTORS = "Tensor? weight, Tensor? bias, Tensor kernel"
-_OPERATORS = {
-    "gains": f"(Tensor z, {_VECTORS}, Tensor? mean, Tensor? var, Tensor? drop, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "gains_backward": f"(Tensor dots, Tensor total, Tensor pooled, {_VECTORS}, Tensor mean, Tensor var, Tensor? drop,"
-    " float eps, SymInt area, bool of_batch) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-}
+__all__ = ["operator_gains", "operator_infer"]
 
 
 def operator_gains(z: Tensor, weights: TailWeights) -> tuple[Tensor, Moments, Tensor, Tensor]:
@@ -36,27 +28,24 @@ def operator_gains(z: Tensor, weights: TailWeights) -> tuple[Tensor, Moments, Te
     return pooled, weights.moments or Moments(mean, var), scale, offset
 
 
+def operator_infer(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
+    """As `formula.tail_formula` by given moments, in the place of z."""
+    kernel, _, weight, bias, moments, _, drop, eps, shortcut_norm, pooled = weights
+    assert moments is not None
+    *of_shortcut, shortcut_eps = shortcut_norm or (None, None, None, None, 0.0)
+    vectors = (weight, bias, kernel, *moments, drop, pooled, *of_shortcut)
+    torch.ops.timm_eca.graph_infer_(z, shortcut, *vectors, eps, shortcut_eps, relu)
+    return z
+
+
 def _fake_gains(z, weight, bias, kernel, mean, var, drop, eps):
     pooled, scale, offset = (z.new_empty(z.shape[:2]) for _ in range(3))
     size = z.shape[1] if mean is None else 0
     return pooled, z.new_empty(size), z.new_empty(size), scale, offset
 
 
-def _gains(z, weight, bias, kernel, mean, var, drop, eps):
-    weights = _weights(weight, bias, kernel, mean, var, drop, eps)
-    pooled, moments, scale, offset = native.gains(_dense(z), weights)
-    if weights.moments is not None:
-        moments = Moments(z.new_empty(0), z.new_empty(0))
-    return pooled, *moments, scale, offset
-
-
 def _fake_backward(dots, total, pooled, weight, bias, kernel, mean, var, drop, eps, area, of_batch):
     return torch.empty_like(pooled), *(torch.empty_like(t) for t in (mean, mean, mean, kernel))
-
-
-def _backward(dots, total, pooled, weight, bias, kernel, mean, var, drop, eps, area, of_batch):
-    weights = _weights(weight, bias, kernel, mean, var, drop, eps)
-    return native.gains_backward(dots.contiguous(), total.contiguous(), pooled, weights, area, of_batch)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -84,28 +73,14 @@ def _no_grads(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError("timm_eca::gains_backward has no derivative: take second derivatives of a model not compiled.")
 
 
-def _weights(weight, bias, kernel, mean, var, drop, eps) -> TailWeights:
-    moments = None if mean is None else Moments(mean, var)
-    return TailWeights(kernel, torch.sigmoid, weight, bias, moments, None, drop, eps)
-
-
-def _dense(z: Tensor) -> Tensor:
-    """Return a map in one of the two layouts that the passes read: a graph may have cut it out of another."""
-    dense = z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last)
-    return z if dense else z.contiguous()
-
-
 def _register() -> None:
-    on_cpu: dict[str, Any] = {"gains": _gains, "gains_backward": _backward}
     fake: dict[str, Any] = {"gains": _fake_gains, "gains_backward": _fake_backward}
     grads: dict[str, Any] = {"gains": (_grads, _setup_context), "gains_backward": (_no_grads, None)}
-    for name, schema in _OPERATORS.items():  # the maps come in whatever layout the compiler has chosen for them
-        torch.library.define(f"timm_eca::{name}", schema, tags=(torch.Tag.flexible_layout,))
-        torch.library.impl(f"timm_eca::{name}", "CPU", on_cpu[name])
+    torch.library.register_fake("timm_eca::graph_infer_", lambda *_: None)
+    for name, (backward, setup_context) in grads.items():
         torch.library.register_fake(f"timm_eca::{name}", fake[name])
-        backward, setup_context = grads[name]
         torch.library.register_autograd(f"timm_eca::{name}", backward, setup_context=setup_context)
 
 
-if not hasattr(torch.ops.timm_eca, "gains_backward"):  # PyTorch keeps them where the package is imported anew
+if native.defined_now:
     _register()

@@ -13,6 +13,7 @@ from .formula import Moments, TailWeights, gains, normed_shortcut, update_runnin
 __all__ = ["backward", "forward"]
 
 
+@torch.no_grad()
 def forward(
     z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool, inplace: bool
 ) -> tuple[Tensor, Tensor, Moments]:

@@ -6,72 +6,106 @@ import torch
 from torch import Tensor
 
 from . import gpu, native, passes
-from .formula import Moments, TailWeights, gains_of_map, layout_of, tail_formula
-from .operators import operator_gains
+from .formula import Moments, Running, TailWeights, layout_of, tail_formula
+from .operators import operator_gains, operator_infer
 
-__all__ = ["engine_of", "fused_tail", "graph_tail"]
+__all__ = ["fused_tail", "graph_tail", "trained_tail"]
 
-_SMALL = 1 << 18  # elements of a map that a compiled model trains on, of which a call takes longer than it saves
+Leaves = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]
+
+_SMALL = 1 << 18  # elements of a map, of which a call from a compiled model takes longer than it saves
 
 
-def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool, engine: Any = None) -> Tensor:
-    """Compute `tail_formula`, by the engine that takes it. Where no gradient is asked for, z is overwritten.
+def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
+    """Compute `tail_formula`, by the passes that take it. Where no gradient is asked for, z may be overwritten.
 
     A block keeps z, the output where a ReLU ends it (the next block keeps it too), and one vector of each sample.
     """
-    engine = engine or engine_of(z, shortcut, weights)
-    if torch.is_grad_enabled():
-        tensors = (z, shortcut, weights.weight, weights.bias, weights.kernel)
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return _FusedTail.apply(*tensors, weights, relu, engine)
-    return engine.forward(z, shortcut, weights, relu, inplace=True)[0]
+    leaves = (z, shortcut, weights.weight, weights.bias, weights.kernel)
+    recorded = _is_recorded(leaves)
+    engine: Any = native
+    by_sigmoid = weights.gate is torch.sigmoid
+    found = native.forward(z, shortcut, weights, relu, not recorded) if by_sigmoid else None
+    if found is None:
+        engine = gpu if by_sigmoid and gpu.takes(z, shortcut, weights) else passes
+        found = engine.forward(z, shortcut, weights, relu, not recorded)
+    out, pooled, moments = found
+    if not recorded:
+        return out
+    rest = engine, weights.gate, weights.eps, weights.moments is None
+    return _record(*leaves, (out, pooled, *moments, weights.drop, relu, rest))
+
+
+def trained_tail(
+    leaves: Leaves, moments: tuple[Tensor | None, Tensor | None], running: Running | None, eps: float, relu: bool
+) -> Tensor | None:
+    """As `fused_tail`, by the compiled passes for CPUs where they take it, else None.
+
+    Args:
+        leaves: z, the shortcut, the norm's weight and bias, and ECA's kernel.
+        moments: Mean and variance, both None where they are those of the batch.
+        running: Statistics that the batch's update.
+        eps: The norm's epsilon.
+        relu: Whether a ReLU ends the tail.
+    """
+    z, shortcut, *weights = leaves
+    recorded = _is_recorded(leaves)
+    made = native.train(z, shortcut, (*weights, *moments, None), running, eps, relu, not recorded)
+    if made is None or not recorded:
+        return None if made is None else z
+    out, pooled, *of_batch = made
+    rest = native, torch.sigmoid, eps, moments[0] is None
+    return _record(*leaves, (out, pooled, *(of_batch if moments[0] is None else moments), None, relu, rest))
+
+
+def _is_recorded(leaves: Leaves) -> bool:
+    """Whether what is made of some tensors will have a gradient."""
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in leaves])  # noqa: C419 (faster)
 
 
 def graph_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
-    """Compute `tail_formula` in what `torch.compile` takes into one graph."""
-    gains_of = operator_gains if _by_operators(z, shortcut, weights) else gains_of_map
-    return tail_formula(z, shortcut, weights, relu, gains_of)
+    """Compute `tail_formula` in what `torch.compile` takes into one graph. In inference, z may be overwritten."""
+    if not _by_operators(z, shortcut, weights):
+        return tail_formula(z, shortcut, weights, relu)
+    if weights.moments is not None and not torch.is_grad_enabled():
+        return operator_infer(z, shortcut, weights, relu)
+    return tail_formula(z, shortcut, weights, relu, operator_gains)
 
 
 def _by_operators(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
-    """Whether operators find the vectors. In inference, and of small maps, compilers are as fast without a call."""
-    if not torch.is_grad_enabled() or z.numel() < _SMALL or weights.gate is not torch.sigmoid:
+    """Whether the compiled passes are called. Of small maps, compilers are as fast without a call."""
+    if z.numel() < _SMALL or weights.gate is not torch.sigmoid:
         return False
     return z.dtype in (torch.float32, torch.float64) and native.takes(z, shortcut, weights)
 
 
-def engine_of(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> Any:
-    """Return the passes that take a tail's tensors."""
-    if weights.gate is torch.sigmoid:
-        for engine in (native, gpu):
-            if engine.takes(z, shortcut, weights):
-                return engine
-    return passes
-
-
 class _FusedTail(torch.autograd.Function):
-    """The autograd shell around the passes."""
+    """The autograd shell around the passes. Its output, and what it is made of besides leaves, was computed before."""
 
     @staticmethod
-    def forward(ctx: Any, z, shortcut, weight, bias, kernel, weights, relu, engine):
-        out, pooled, moments = engine.forward(z, shortcut, weights, relu, inplace=False)
-        ctx.rest = engine, weights.gate, weights.eps, weights.moments is None
-        ctx.save_for_backward(z, out if relu else None, pooled, *moments, weight, bias, kernel, weights.drop)
+    def forward(ctx: Any, z, shortcut, weight, bias, kernel, made):
+        out, pooled, mean, var, drop, relu, ctx.rest = made
+        ctx.save_for_backward(out if relu else None, z, pooled, weight, bias, kernel, mean, var, drop)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad):
-        z, out, pooled, mean, var, weight, bias, kernel, drop = ctx.saved_tensors
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
         engine, gate, eps, of_batch = ctx.rest
+        # A batch of gradients has no storage, and one of a class of its own may have operations of its own.
+        by_operations = torch.is_grad_enabled() or type(grad) is not Tensor or not torch._C._has_storage(grad)
+        if engine is native and not by_operations:
+            grads = native.gradients_of(grad, saved, eps, of_batch, wanted[0])
+            return *[g if want else None for g, want in zip(grads, wanted)], None
+        out, z, pooled, weight, bias, kernel, mean, var, drop = saved
         weights = TailWeights(kernel, gate, weight, bias, Moments(mean, var), None, drop, eps)
         if torch.is_grad_enabled():
-            grads = _differentiable(grad, out, z, weights, ctx.needs_input_grad, of_batch)
-        else:
-            wanted = [*ctx.needs_input_grad[:5], of_batch]
-            by = engine if torch._C._has_storage(grad) else passes  # a batch of gradients has no address
-            grads = by.backward(_as_format(grad, z), out, z, pooled, weights, wanted)
-        return *grads, None, None, None
+            return *_differentiable(grad, out, z, weights, wanted, of_batch), None
+        by = passes if by_operations else engine
+        return *by.backward(_as_format(grad, z), out, z, pooled, weights, [*wanted[:5], of_batch]), None
+
+
+_record = super(torch.autograd.Function, _FusedTail).apply  # without the looks for what blocks have looked for already
 
 
 def _differentiable(grad: Tensor, out: Tensor | None, z: Tensor, weights: TailWeights, wanted: Any, of_batch: bool):
