@@ -169,7 +169,7 @@ void graph_infer(Value* stack, std::uint64_t arguments, std::uint64_t) {
   bool apart = dense.data<void>() != z.data<void>();
   stack[0] = reinterpret_cast<Value>(dense.same().release());
   infer(stack, arguments, 1);
-  if (!Stack(stack).flag()) throw std::invalid_argument("timm_eca::graph_infer_ takes float32, float64 and bfloat16.");
+  if (!Stack(stack).flag()) throw std::runtime_error("timm_eca::graph_infer_ takes float32, float64 and bfloat16.");
   if (apart) z.copy(dense);
 }
 
@@ -226,7 +226,7 @@ void tail_backward(Value* stack, std::uint64_t, std::uint64_t) {
                    nullptr, nullptr, nullptr, nullptr, of_batch);
     return true;
   });
-  if (!taken) throw std::invalid_argument("timm_eca: a tail's gradient has another shape or type than its map.");
+  if (!taken) throw std::runtime_error("timm_eca: a tail's gradient has another shape or type than its map.");
   s.give_or_empty(std::move(dz), z.dtype()), s.give_or_empty(std::move(masked), z.dtype());
   of.give(s);
 }
@@ -255,7 +255,7 @@ void gains(Value* stack, std::uint64_t, std::uint64_t) {
                   offset.data<T>(), of_batch ? Read::kMoments : Read::kPool, false);
     return true;
   });
-  if (!taken) throw std::invalid_argument("timm_eca::gains takes float32, float64 and bfloat16.");
+  if (!taken) throw std::runtime_error("timm_eca::gains takes float32, float64 and bfloat16.");
   std::int32_t dtype = pooled.dtype();
   for (Tensor* t : {&pooled, &mean, &var, &scale, &offset}) s.give_or_empty(std::move(*t), dtype);
 }
@@ -283,7 +283,7 @@ void gains_backward(Value* stack, std::uint64_t, std::uint64_t) {
                    slope.data<T>(), of_batch);
     return true;
   });
-  if (!taken) throw std::invalid_argument("timm_eca::gains_backward takes float32 and float64.");
+  if (!taken) throw std::runtime_error("timm_eca::gains_backward takes float32 and float64.");
   s.give(std::move(shift)), s.give(std::move(slope)), of.give(s);
 }
 
