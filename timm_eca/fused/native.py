@@ -90,9 +90,10 @@ def _load() -> bool:
     except OSError:  # a PyTorch with another OpenMP runtime
         return False
     found = [ctypes.cast(pytorch[name], ctypes.c_void_p).value if hasattr(pytorch, name) else None for name in _API]
-    register = library.timm_eca_register
-    register.restype = ctypes.c_bool
-    return all(found[:-1]) and register((ctypes.c_void_p * len(found))(*found))
+    if not (all(found[:-1]) and hasattr(library, "timm_eca_register")):  # an older PyTorch, or a library built before
+        return False
+    library.timm_eca_register.restype = ctypes.c_bool
+    return library.timm_eca_register((ctypes.c_void_p * len(found))(*found))
 
 
 defined_now = not hasattr(torch.ops.timm_eca, "tail")  # PyTorch keeps them where the package is imported anew
@@ -189,9 +190,9 @@ def train(
     Without moments among the vectors it is the batch's that are used, and that the running ones are updated by. In
     place, the result is where z was, and what is returned first is empty.
     """
-    if not (_loaded and z.is_cpu and are_plain((z, shortcut, *vectors))):
-        return None
     mean, var, factor, seen = running or _NO_RUNNING
+    if not (_loaded and z.is_cpu and are_plain((z, shortcut, mean, var, *vectors))):
+        return None
     factor = nan if factor is None else factor
     try:
         taken, *made = _tail(z, shortcut, *vectors, mean, var, seen, factor, eps, relu, inplace)
