@@ -20,8 +20,8 @@ struct Shape {
 };
 
 constexpr Index kPixels = 64;     // rows of an NHWC map that are summed before the sums are
-constexpr Index kWide = 256;      // elements of such a row, at most, where it is several pixels
-constexpr Index kRowsAtOnce = 4;  // rows of such a map that are added at once where they are several pixels
+constexpr Index kWide = 512;      // elements of such a row, at most, where it is several pixels
+constexpr Index kAhead = 256;     // elements that may be on their way from memory at a time
 constexpr Index kLanes = 32;      // sums that one row of an NCHW map is added up in
 constexpr Index kLong = 256;      // elements of a row for which that pays
 constexpr Index kLine = 64;       // bytes of a cache line
@@ -103,7 +103,7 @@ void for_elements(const Shape& d, const M* next, Index c0, Index c1, F make, con
     write_rows(grid, next, c0, make(Repeated<T>(vectors + c0, grid).data...));
     return;
   }
-  Index most = next ? kWide : d.area;  // as much as can be on its way at a time
+  Index most = next ? kAhead : d.area;
   for (Index c = c0; c < c1; ++c)
     for (Index i = 0; i < d.area; i += most)
       write_row(next, c * d.area + i, std::min(most, d.area - i), make(Everywhere<T>{vectors[c]}...));
@@ -140,13 +140,12 @@ template <typename T> void fold(const Grid& grid, const T* parts, T* sums) {
     for (Index c = 0; c < grid.channels; ++c) sums[c] += parts[from + c];
 }
 
-// Adds terms of some rows, from the element at on, to the sums of each column: these are read and written once.
-template <Index kRows, bool kTwo, typename T, typename F>
-void add_rows(Index at, Index stride, Index width, F add, T* f, T* s) {
+// Adds the terms of a row, from the element at on, to the sums of each column.
+template <bool kTwo, typename T, typename F> void add_row(Index at, Index width, F add, T* f, T* s) {
 #pragma omp simd
   for (Index c = 0; c < width; ++c) {
     T first = f[c], second = kTwo ? s[c] : T(0);
-    for (Index r = 0; r < kRows; ++r) add(at + r * stride + c, c, first, second);
+    add(at + c, c, first, second);
     f[c] = first;
     if (kTwo) s[c] = second;
   }
@@ -154,32 +153,29 @@ void add_rows(Index at, Index stride, Index width, F add, T* f, T* s) {
 
 // One or two sums over the pixels, for each channel. They are kept for a few rows at a time, so that small terms are
 // not lost in large sums.
-template <Index kRows, bool kTwo, typename T, typename F>
+template <bool kTwo, typename T, typename F>
 void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
   std::vector<T> parts(2 * grid.width);
   T *f = parts.data(), *s = f + grid.width;
   std::fill_n(first, grid.channels, T(0));
   if (kTwo) std::fill_n(second, grid.channels, T(0));
-  Index many = grid.repeat > 1 ? grid.rows : 0;  // rows of wide maps are read faster one after the other
   for (Index i = 0; i <= grid.rows;) {
     std::fill(parts.begin(), parts.end(), T(0));
-    Index end = i + kPixels;
-    for (; i + kRows <= std::min(end, many); i += kRows)
-      add_rows<kRows, kTwo>(from + i * grid.stride, grid.stride, grid.width, add, f, s);
-    for (; i < end && i <= grid.rows; ++i) add_rows<1, kTwo>(from + i * grid.stride, 0, grid.width_of(i), add, f, s);
+    Index end = std::min(i + kPixels, grid.rows + 1);
+    for (; i < end; ++i) add_row<kTwo>(from + i * grid.stride, grid.width_of(i), add, f, s);
     fold(grid, f, first);
     if (kTwo) fold(grid, s, second);
   }
 }
 
 // One or two sums of some channels' elements: add(at, c, first, second) adds an element's terms. make(vector) returns
-// it. kRows is how many rows of a narrow NHWC map are added at once.
-template <Index kRows, bool kTwo, typename T, typename F>
+// it.
+template <bool kTwo, typename T, typename F>
 void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T* first, T* second) {
   if (d.nhwc) {
     Grid grid(d, c0, c1);
     Repeated<T> repeated(vector + c0, grid);
-    sum_pixels<kRows, kTwo>(grid, c0, make(repeated.data), first + c0, second + c0);
+    sum_pixels<kTwo>(grid, c0, make(repeated.data), first + c0, second + c0);
   } else {
     for (Index c = c0; c < c1; ++c)
       sum_row(c * d.area, d.area, make(Everywhere<T>{vector[c]}), first + c, kTwo ? second + c : nullptr);
@@ -191,7 +187,7 @@ void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T
 template <typename M, typename T> void pool(const M* z, const Shape& d, Index c0, Index c1, T* mean) {
   auto make = [=](auto) { return [=](Index at, Index, T& sum, T&) { sum += z[at]; }; };
   std::fill(mean + c0, mean + c1, T(0));
-  sum_elements<kRowsAtOnce, false>(d, c0, c1, make, mean, mean, mean);  // no vector is needed, and one sum
+  sum_elements<false>(d, c0, c1, make, mean, mean, mean);  // no vector is needed, and one sum
   for (Index c = c0; c < c1; ++c) mean[c] /= T(d.area);
 }
 
@@ -214,7 +210,7 @@ void pixel_moments(const M* z, const Shape& d, Index c0, Index c1, T* mean, T* s
       squares += v * v;
     };
   };
-  sum_elements<kRowsAtOnce, true>(d, c0, c1, make, pixel.data(), mean, square);
+  sum_elements<true>(d, c0, c1, make, pixel.data(), mean, square);
   for (Index c = c0; c < c1; ++c) {
     T off = mean[c] / T(d.area);
     square[c] -= off * mean[c];
@@ -229,9 +225,10 @@ void moments(const M* z, const Shape& d, Index c0, Index c1, T* mean, T* square)
 }
 
 enum class Add { kNothing, kOther, kScaledOther };
+enum class Act : Index { kNone, kRelu, kRelu6 };
 
-// out = (z - centre) * scale + offset, plus other (times gain), after ReLU. NaN stays NaN.
-template <typename M, typename T, Add kAdd, bool kRelu>
+// out = (z - centre) * scale + offset, plus other (times gain), after an activation. NaN stays NaN.
+template <typename M, typename T, Add kAdd, Act kAct>
 void affine(const M* z, const M* other, M* out, const T* centre, const T* scale, const T* offset, const T* gain,
             const M* next, const Shape& d, Index c0, Index c1) {
   auto make = [=](auto m, auto a, auto h, auto g) {
@@ -239,26 +236,28 @@ void affine(const M* z, const M* other, M* out, const T* centre, const T* scale,
       T y = (z[at] - m[c]) * a[c] + h[c];
       if (kAdd == Add::kOther) y += other[at];
       if (kAdd == Add::kScaledOther) y += other[at] * g[c];
-      if (kRelu) y = y < T(0) ? T(0) : y;
+      if (kAct != Act::kNone) y = y < T(0) ? T(0) : y;
+      if (kAct == Act::kRelu6) y = y > T(6) ? T(6) : y;
       out[at] = y;
     };
   };
   for_elements(d, next, c0, c1, make, centre, scale, offset, gain);
 }
 
-// g = grad where out is above zero, if there was a ReLU; sums of g * (z - centre) and of g, or of grad.
-template <typename M, typename T, bool kRelu>
+// g = grad where an activation, if there was one, let it through; sums of g * (z - centre) and of g, or of grad.
+template <typename M, typename T, Act kAct>
 void dots(const M* grad, const M* out, const M* z, M* g, const T* centre, T* dots, T* total, const Shape& d, Index c0,
           Index c1) {
   auto make = [=](auto m) {
     return [=](Index at, Index c, T& dot, T& sum) {
-      T d = grad[at], v = kRelu && !(out[at] > T(0)) ? T(0) : d;
-      if (kRelu) g[at] = v;
+      T d = grad[at], v = kAct != Act::kNone && !(out[at] > T(0)) ? T(0) : d;
+      if (kAct == Act::kRelu6) v = out[at] < T(6) ? v : T(0);
+      if (kAct != Act::kNone) g[at] = v;
       dot += v * (z[at] - m[c]);
       sum += v;
     };
   };
-  sum_elements<1, true>(d, c0, c1, make, centre, dots, total);  // four maps are streams enough
+  sum_elements<true>(d, c0, c1, make, centre, dots, total);
 }
 
 // dz = g * scale + (z - centre) * slope + shift

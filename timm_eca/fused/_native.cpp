@@ -70,18 +70,18 @@ struct Vectors {
   Tensor gamma, beta, kernel, mean, var, drop;
 
   static Vectors read(Stack& s) {
-    return {s.optional(), s.optional(), s.tensor(), s.optional(), s.optional(), s.optional()};
+    return {s.optional(), s.optional(), s.optional(), s.optional(), s.optional(), s.optional()};
   }
 
   template <typename M, typename T> bool fit(const Shape& d) const {
     for (const Tensor* t : {&gamma, &beta, &mean, &var})
       if (!is_vector<M, T>(*t, d.channels)) return false;
-    return is_vector<M, T>(drop, d.batch) && is_vector<M, T>(kernel, kernel.numel());
+    return is_vector<M, T>(drop, d.batch) && (!kernel || is_vector<M, T>(kernel, kernel.numel()));
   }
 
   template <typename T> Weights<T> weights(double eps) {
     const T *g = elements<T>(gamma), *b = elements<T>(beta), *k = elements<T>(kernel);
-    return {g, b, k, elements<T>(mean), elements<T>(var), elements<T>(drop), kernel.numel(), T(eps)};
+    return {g, b, k, elements<T>(mean), elements<T>(var), elements<T>(drop), kernel ? kernel.numel() : 0, T(eps)};
   }
 };
 
@@ -114,7 +114,7 @@ struct Gradients {
   Tensor gamma, beta, kernel;
 
   explicit Gradients(const Vectors& of)
-      : types_{of.gamma ? of.gamma.dtype() : 0, of.beta ? of.beta.dtype() : 0, of.kernel.dtype()} {}
+      : types_{of.gamma ? of.gamma.dtype() : 0, of.beta ? of.beta.dtype() : 0, of.kernel ? of.kernel.dtype() : 0} {}
 
   void make(Index channels, Index size, std::int32_t dtype) {
     gamma = Tensor::empty({channels}, dtype), beta = Tensor::empty({channels}, dtype);
@@ -142,7 +142,7 @@ void infer(Value* stack, std::uint64_t, std::uint64_t) {
   Tensor pooled = s.optional();
   Tensor other_gamma = s.optional(), other_beta = s.optional(), other_mean = s.optional(), other_var = s.optional();
   double eps = s.number(), other_eps = s.number();
-  bool relu = s.flag();
+  Act act = Act(s.integer());
   s.give(by_type(z, [&](auto m, auto t) {
     using M = decltype(m);
     using T = decltype(t);
@@ -155,10 +155,10 @@ void infer(Value* stack, std::uint64_t, std::uint64_t) {
     Other<M, T> other{shortcut.data<M>(), elements<T>(other_gamma), elements<T>(other_beta), elements<T>(other_mean),
                       elements<T>(other_var), T(other_eps)};
     Weights<T> w = own.weights<T>(eps);
-    std::vector<T> unkept(pooled ? 0 : d.batch * d.channels);
+    std::vector<T> unkept(pooled || !own.kernel ? 0 : d.batch * d.channels);
     T* means = pooled ? elements<T>(pooled) : unkept.data();
     forward<M, T>(d, z.data<M>(), other, z.data<M>(), w, nullptr, nullptr, means, nullptr, nullptr,
-                  pooled ? Read::kNothing : Read::kPool, relu);
+                  pooled ? Read::kNothing : Read::kPool, act);
     return true;
   }));
 }
@@ -179,7 +179,8 @@ void tail(Value* stack, std::uint64_t, std::uint64_t) {
   Vectors own = Vectors::read(s);
   Running running = Running::read(s);
   double factor = s.number(), eps = s.number();
-  bool relu = s.flag(), inplace = s.flag(), of_batch = !own.mean;
+  Act act = Act(s.integer());
+  bool inplace = s.flag(), of_batch = !own.mean;
   Tensor out, pooled, mean, var;
   bool taken = by_type(z, [&](auto m, auto t) {
     using M = decltype(m);
@@ -196,8 +197,9 @@ void tail(Value* stack, std::uint64_t, std::uint64_t) {
       w.mean = mean.data<T>(), w.var = var.data<T>();
     }
     forward<M, T>(d, z.data<M>(), {shortcut.data<M>()}, (inplace ? z : out).data<M>(), w, mean.data<T>(), var.data<T>(),
-                  pooled.data<T>(), nullptr, nullptr, of_batch ? Read::kMoments : Read::kPool, relu);
+                  pooled.data<T>(), nullptr, nullptr, of_batch ? Read::kMoments : Read::kPool, act);
     running.update(d, w.mean, w.var, factor);
+    if (!own.kernel) pooled = Tensor();
     return true;
   });
   s.give(taken);
@@ -206,9 +208,10 @@ void tail(Value* stack, std::uint64_t, std::uint64_t) {
 
 void tail_backward(Value* stack, std::uint64_t, std::uint64_t) {
   Stack s(stack);
-  Tensor grad = s.tensor(), out = s.optional(), z = s.tensor(), pooled = s.tensor();
+  Tensor grad = s.tensor(), out = s.optional(), z = s.tensor(), pooled = s.optional();
   Vectors own = Vectors::read(s);
   double eps = s.number();
+  Act act = Act(s.integer());
   bool of_batch = s.flag(), for_z = s.flag();
   Gradients of(own);
   Tensor masked, dz;
@@ -217,16 +220,17 @@ void tail_backward(Value* stack, std::uint64_t, std::uint64_t) {
     using T = decltype(t);
     if (!lay_out(grad, z) || (out && !lay_out(out, z))) return false;
     Shape d = shape_of(z);
-    if (out) masked = Tensor::like(z, kType<M>);
     if (for_z) dz = Tensor::like(z, kType<M>);
+    if (out) masked = for_z && !own.kernel ? dz.same() : Tensor::like(z, kType<M>);
     Weights<T> w = own.weights<T>(eps);
     of.make(d.channels, w.size, kType<T>);
     backward<M, T>(d, grad.data<M>(), out.data<M>(), z.data<M>(), out ? masked.data<M>() : grad.data<M>(),
                    dz.data<M>(), w, elements<T>(pooled), of.gamma.data<T>(), of.beta.data<T>(), of.kernel.data<T>(),
-                   nullptr, nullptr, nullptr, nullptr, of_batch);
+                   nullptr, nullptr, nullptr, nullptr, of_batch, act);
     return true;
   });
   if (!taken) throw std::runtime_error("timm_eca: a tail's gradient has another shape or type than its map.");
+  if (!own.kernel) masked = Tensor();
   s.give_or_empty(std::move(dz), z.dtype()), s.give_or_empty(std::move(masked), z.dtype());
   of.give(s);
 }
@@ -252,7 +256,7 @@ void gains(Value* stack, std::uint64_t, std::uint64_t) {
       w.mean = mean.data<T>(), w.var = var.data<T>();
     }
     forward<M, T>(d, z.data<M>(), {}, nullptr, w, mean.data<T>(), var.data<T>(), pooled.data<T>(), scale.data<T>(),
-                  offset.data<T>(), of_batch ? Read::kMoments : Read::kPool, false);
+                  offset.data<T>(), of_batch ? Read::kMoments : Read::kPool, Act::kNone);
     return true;
   });
   if (!taken) throw std::runtime_error("timm_eca::gains takes float32, float64 and bfloat16.");
@@ -280,7 +284,7 @@ void gains_backward(Value* stack, std::uint64_t, std::uint64_t) {
     of.make(d.channels, w.size, kType<T>);
     backward<T, T>(d, nullptr, nullptr, nullptr, nullptr, nullptr, w, elements<T>(pooled), of.gamma.data<T>(),
                    of.beta.data<T>(), of.kernel.data<T>(), dot.data<T>(), shift.data<T>(), scale.data<T>(),
-                   slope.data<T>(), of_batch);
+                   slope.data<T>(), of_batch, Act::kNone);
     return true;
   });
   if (!taken) throw std::runtime_error("timm_eca::gains_backward takes float32 and float64.");

@@ -58,7 +58,7 @@ template <typename T> T sigmoid(T x) { return T(1) / (T(1) + Exp<T>::of(-x)); }
 // ---- vectors ----
 
 template <typename T> struct Weights {
-  const T *gamma, *beta, *kernel, *mean, *var, *drop;  // gamma, beta and drop may be null
+  const T *gamma, *beta, *kernel, *mean, *var, *drop;  // gamma, beta, kernel and drop may be null
   Index size;
   T eps;
 };
@@ -85,8 +85,17 @@ template <typename F> void for_kernel(Index size, Index channels, F body) {
   }
 }
 
-// gate = sigmoid(conv(q)) * drop, of one sample.
+// What a sample's map is centred at: its mean, which the gate takes, or without a gate the norm's.
+template <typename T> const T* centre_of(const Weights<T>& w, const T* pooled, Index at) {
+  return w.kernel ? pooled + at : w.mean;
+}
+
+// gate = sigmoid(conv(q)) * drop, of one sample; without a kernel there is none.
 template <typename T> void gate_of(const Weights<T>& w, const T* q, Index channels, Index b, T* gate) {
+  if (!w.kernel) {
+    std::fill_n(gate, channels, T(1));
+    return;
+  }
   std::fill_n(gate, channels, T(0));
   for_kernel(w.size, channels, [=](Index j, Index offset, Index from, Index to) {
     T k = w.kernel[j];
@@ -169,15 +178,19 @@ template <typename M, typename T> struct Other {
   T shift(Index c, T gain) const { return (beta ? beta[c] : T(0)) - mean[c] * gain; }
 };
 
+template <typename M, typename T, Add kAdd> auto affine_of(Act act) {
+  return act == Act::kNone   ? affine<M, T, kAdd, Act::kNone>
+         : act == Act::kRelu ? affine<M, T, kAdd, Act::kRelu> : affine<M, T, kAdd, Act::kRelu6>;
+}
+
 template <typename M, typename T>
 void apply(const M* z, const Other<M, T>& other, M* out, const T* centre, const T* scale, const T* offset,
-           const T* gain, const M* next, const Shape& d, Index b, Index c0, Index c1, bool relu) {
+           const T* gain, const M* next, const Shape& d, Index b, Index c0, Index c1, Act act) {
   Index at = b * d.channels * d.area, v = b * d.channels;
-  auto run = !other.map ? (relu ? affine<M, T, Add::kNothing, true> : affine<M, T, Add::kNothing, false>)
-             : other.mean ? (relu ? affine<M, T, Add::kScaledOther, true> : affine<M, T, Add::kScaledOther, false>)
-                          : (relu ? affine<M, T, Add::kOther, true> : affine<M, T, Add::kOther, false>);
   const M* added = other.map ? other.map + at : nullptr;
-  run(z + at, added, out + at, centre + v, scale + v, offset + v, gain, next, d, c0, c1);
+  auto run = !other.map ? affine_of<M, T, Add::kNothing>(act)
+             : other.mean ? affine_of<M, T, Add::kScaledOther>(act) : affine_of<M, T, Add::kOther>(act);
+  run(z + at, added, out + at, centre, scale + v, offset + v, gain, next, d, c0, c1);
 }
 
 enum class Read : Index { kNothing, kPool, kMoments };
@@ -185,7 +198,7 @@ enum class Read : Index { kNothing, kPool, kMoments };
 // What is read of z is not given. Without out the result is what would make it: scale and offset, else null.
 template <typename M, typename T>
 void forward(const Shape& d, const M* z, const Other<M, T>& other, M* out, const Weights<T>& w, T* mean, T* var,
-             T* pooled, T* scale, T* offset, Read reading, bool relu) {
+             T* pooled, T* scale, T* offset, Read reading, Act act) {
   Index channels = d.channels, vectors = d.batch * channels;
   std::unique_ptr<T[]> space(new T[3 * channels + (out ? 2 * vectors : 0)]);
   T *inverse = space.get(), *norm = inverse + channels, *gain = norm + channels;
@@ -196,17 +209,18 @@ void forward(const Shape& d, const M* z, const Other<M, T>& other, M* out, const
     Index v = b * channels;
     if (reading == Read::kMoments)
       moments(z + v * d.area, d, c0, c1, pooled + v, square + v);
-    else if (reading == Read::kPool)
+    else if (reading == Read::kPool && w.kernel)
       pool(z + v * d.area, d, c0, c1, pooled + v);
   };
   auto gains = [=](Index b) {
     Index v = b * channels;
-    gains_of(w, norm, pooled + v, channels, b, scale + v, offset + v);
+    gains_of(w, norm, centre_of(w, pooled, v), channels, b, scale + v, offset + v);
     if (other.mean)
       for (Index c = 0; c < channels; ++c) offset[v + c] += other.shift(c, gain[c]);
   };
   auto write = [=](const M* next, Index b, Index c0, Index c1) {
-    if (out) apply(z, other, out, pooled, scale, offset, gain, next, d, b, c0, c1, relu);
+    const T* centre = centre_of(w, pooled, b * channels);
+    if (out) apply(z, other, out, centre, scale, offset, gain, next, d, b, c0, c1, act);
   };
   if (reading != Read::kMoments && d.batch >= d.threads) {  // a sample at a time: its second read is from the cache
     norm_of(w, channels, inverse, norm);
@@ -257,7 +271,8 @@ void gate_grads(const Weights<T>& w, const T* norm, const T* pooled, Index chann
 // total. With it these are null.
 template <typename M, typename T>
 void backward(const Shape& d, const M* grad, const M* out, const M* z, M* g, M* dz, const Weights<T>& w,
-              const T* pooled, T* dgamma, T* dbeta, T* dkernel, T* dot, T* total, T* scale, T* slope, bool of_batch) {
+              const T* pooled, T* dgamma, T* dbeta, T* dkernel, T* dot, T* total, T* scale, T* slope, bool of_batch,
+              Act act) {
   Index channels = d.channels, vectors = d.batch * channels;
   std::unique_ptr<T[]> space(new T[vectors + 3 * channels + d.batch * w.size + (grad ? 3 * vectors + channels : 0)]);
   T *dq = space.get(), *inverse = dq + vectors, *norm = inverse + channels, *common = norm + channels;
@@ -268,12 +283,15 @@ void backward(const Shape& d, const M* grad, const M* out, const M* z, M* g, M* 
   norm_of(w, channels, inverse, norm);
   auto sum = [=](Index b, Index c0, Index c1) {
     Index v = b * channels, at = v * d.area;
-    auto run = out ? dots<M, T, true> : dots<M, T, false>;
-    run(grad + at, out ? out + at : nullptr, z + at, out ? g + at : nullptr, pooled + v, dot + v, total + v, d, c0, c1);
+    auto run = act == Act::kNone   ? dots<M, T, Act::kNone>
+               : act == Act::kRelu ? dots<M, T, Act::kRelu> : dots<M, T, Act::kRelu6>;
+    const T* centre = centre_of(w, pooled, v);
+    run(grad + at, out ? out + at : nullptr, z + at, out ? g + at : nullptr, centre, dot + v, total + v, d, c0, c1);
   };
   auto grads = [=](Index b) {
     Index v = b * channels;
-    gate_grads(w, norm, pooled + v, channels, b, dot + v, total + v, scale + v, dq + v, dkernels + b * w.size);
+    const T* centre = centre_of(w, pooled, v);
+    gate_grads(w, norm, centre, channels, b, dot + v, total + v, scale + v, dq + v, dkernels + b * w.size);
   };
   // z reaches the result by itself, times scale; by its mean, which is also subtracted; and by the batch's moments.
   T* shift = total;

@@ -10,7 +10,7 @@ from ..block_rule import rule_key
 from ..gating import gated_class
 from .eligible import Parts, find_parts, graph_parts, is_eca, unwatched
 from .forward import compiled_tail, eager_tail, fused_forward
-from .halves import Halves, TailRule, halves_of
+from .halves import Halves, NormRule, TailRule, halves_of
 
 __all__ = ["fuse_", "fuse_blocks_", "unfuse_"]
 
@@ -18,13 +18,21 @@ _ModelT = TypeVar("_ModelT", bound=nn.Module)
 
 _RESNET = frozenset({"drop_path", "downsample"})
 _MBCONV = frozenset({"drop_path", "has_skip"})
+_BASIC = (NormRule("conv1", "bn1", "drop_block", "act1"),)
+_BOTTLENECK = (NormRule("conv1", "bn1", None, "act1"), NormRule("conv2", "bn2", "drop_block", "act2"))
+_SEPARABLE = (NormRule("conv_dw", "bn1", "bn1.drop", "bn1.act"),)
+_EDGE = (NormRule("conv_exp", "bn1", "bn1.drop", "bn1.act"),)
+_INVERTED = (
+    NormRule("conv_pw", "bn1", "bn1.drop", "bn1.act"),
+    NormRule("conv_dw", "bn2", "bn2.drop", "bn2.act"),
+)
 
 RULES = {
-    "resnet:BasicBlock": TailRule("conv2", "bn2", "se", "act2", _RESNET),
-    "resnet:Bottleneck": TailRule("conv3", "bn3", "se", "act3", _RESNET),
-    "_efficientnet_blocks:DepthwiseSeparableConv": TailRule("conv_pw", "bn2", "attn_last", None, _MBCONV),
-    "_efficientnet_blocks:EdgeResidual": TailRule("conv_pwl", "bn2", "attn_last", None, _MBCONV),
-    "_efficientnet_blocks:InvertedResidual": TailRule("conv_pwl", "bn3", "attn_last", None, _MBCONV),
+    "resnet:BasicBlock": TailRule("conv2", "bn2", "se", "act2", _RESNET, _BASIC),
+    "resnet:Bottleneck": TailRule("conv3", "bn3", "se", "act3", _RESNET, _BOTTLENECK),
+    "_efficientnet_blocks:DepthwiseSeparableConv": TailRule("conv_pw", "bn2", "attn_last", None, _MBCONV, _SEPARABLE),
+    "_efficientnet_blocks:EdgeResidual": TailRule("conv_pwl", "bn2", "attn_last", None, _MBCONV, _EDGE),
+    "_efficientnet_blocks:InvertedResidual": TailRule("conv_pwl", "bn3", "attn_last", None, _MBCONV, _INVERTED),
 }
 """What the tail of a block consists of, by timm's `module:Class`."""
 

@@ -5,11 +5,20 @@ emptied the caches, where a line of Python costs ten times what it costs in a lo
 lookups. Whoever watches or transforms single operations (hooks, modes, tracers, functorch) gets the plain path.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import BatchNormAct2d, DropPath, EcaModule, FrozenBatchNormAct2d, Sigmoid, SyncBatchNormAct
+from timm.layers import (
+    BatchNormAct2d,
+    Conv2dSame,
+    DropPath,
+    EcaModule,
+    FrozenBatchNormAct2d,
+    Sigmoid,
+    SyncBatchNormAct,
+)
 from torch import Tensor, nn
 from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
@@ -19,8 +28,9 @@ from torch.utils.hooks import RemovableHandle
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..layers import EcaLayer
-from .formula import Norm
-from .halves import TailRule
+from .formula import Act
+from .halves import NormRule, TailRule
+from .norms import InnerNorm, NormPart
 from .pooled import may_pool
 
 __all__ = ["Parts", "find_parts", "graph_parts", "is_eca", "map_fits", "unwatched"]
@@ -29,6 +39,9 @@ _FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 _SIGMOIDS = (nn.Sigmoid, Sigmoid)
 _SYNC_NORMS = (nn.SyncBatchNorm, SyncBatchNormAct)
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d, *_SYNC_NORMS, *_FROZEN_NORMS)
+_CONVS = (nn.Conv2d, Conv2dSame)
+_ACTS = {nn.ReLU: Act.RELU, nn.ReLU6: Act.RELU6}
+_NOTHING = (type(None), nn.Identity)
 _GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
     nn_module._global_forward_pre_hooks,
@@ -43,26 +56,6 @@ def is_eca(layer: Any) -> bool:
     if not (of_timm or type(layer) is EcaLayer):
         return False
     return _is_channel_conv(layer.conv) and not any(True for _ in layer.gate.parameters())
-
-
-@dataclass(frozen=True, eq=False)  # no tuple: exporters walk through those that modules hold
-class NormPart:
-    """A batch norm, and the dictionaries of its weights and statistics: each call looks, for they may be replaced."""
-
-    module: Any
-    frozen: bool
-    affine: dict[str, Any]
-    stats: dict[str, Any]
-
-    @property
-    def of_batch(self) -> bool:
-        """Whether the batch's statistics are used, as `torch.nn.BatchNorm2d` decides it."""
-        return not self.frozen and (self.module.training or self.stats["running_mean"] is None)
-
-    def given(self) -> Norm:
-        """Return the norm by its own statistics."""
-        affine, stats = self.affine, self.stats
-        return Norm(affine["weight"], affine["bias"], stats["running_mean"], stats["running_var"], self.module.eps)
 
 
 @dataclass(eq=False)
@@ -82,8 +75,13 @@ class Parts:
         relu: Whether that is ReLU.
         short: Whether there is no downsample, and the gate is the one that the compiled passes take.
         pools: Whether the mean of the convolution's map may be worth having before the map.
+        inner: The norms before that convolution, if each can be computed with its activation, else none.
+        norms: Those of them that nobody listens to: all, or none.
         children: Of modules that have any: the dictionary of their children, and who was in it.
-        hooks: The modules' dictionaries of hooks.
+        affines: The dictionaries of the norms' weights.
+        synced: The norms whose statistics are all processes', if they are in training.
+        hooks: The tail's modules' dictionaries of hooks.
+        inner_hooks: Those of the modules of the norms before.
         attributes: The modules' own attributes; a forward among them is somebody's patch.
         handles: How many handles of hooks had been made, of any module, when there was none on these.
     """
@@ -100,8 +98,13 @@ class Parts:
     relu: bool
     short: bool = False
     pools: bool = True
+    inner: tuple[InnerNorm, ...] = ()
+    norms: tuple[InnerNorm, ...] = ()
     children: tuple[tuple[dict[str, Any], list[Any]], ...] = ()
+    affines: tuple[dict[str, Any], ...] = ()
+    synced: tuple[nn.Module, ...] = ()
     hooks: tuple[dict[int, Any], ...] = ()
+    inner_hooks: tuple[dict[int, Any], ...] = ()
     attributes: tuple[dict[str, Any], ...] = ()
     handles: int = -1
 
@@ -112,20 +115,27 @@ class Parts:
         for modules, known in self.children:
             if [*modules.values()] != known:
                 return False
-        if "weight" not in self.kernel or len(self.norm.affine) < 2:  # parametrized
+        if "weight" not in self.kernel:  # parametrized
             return False
-        if self.shortcut_norm is not None and len(self.shortcut_norm.affine) < 2:
-            return False
-        made = RemovableHandle.next_id
-        if made != self.handles:  # a hook was registered, somewhere
-            if any(self.hooks):
+        for affine in self.affines:
+            if len(affine) < 2:
                 return False
-            self.handles = made
         for attributes in self.attributes:
             if "forward" in attributes:
                 return False
-        norm = self.norm.module
-        return not (norm.training and type(norm) in _SYNC_NORMS)  # those statistics are all processes'
+        for norm in self.synced:
+            if norm.training:
+                return False
+        return RemovableHandle.next_id == self.handles or self._unheard()
+
+    def _unheard(self) -> bool:
+        """Look for hooks, after one was registered somewhere."""
+        if any(self.hooks):
+            return False
+        heard = any(self.inner_hooks)
+        self.norms = () if heard else self.inner
+        self.handles = -1 if heard else RemovableHandle.next_id
+        return True
 
 
 def find_parts(block: Any, rule: TailRule) -> Parts | None:
@@ -138,23 +148,30 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         return None
     last = _last_norm(downsample)
     shortcut = () if last is None else (downsample, last)
-    heard = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act, *shortcut) if m is not None]
+    tail = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act, *shortcut) if m is not None]
+    inner, inside = _inner_norms(block, rule)
+    norms = [_norm_part(m) for m in (norm, last) if m is not None]
+    norms += [part.norm for part in inner]
     return Parts(
         adds=_adds(block, rule),
         conv=conv,
-        norm=_norm_part(norm),
+        norm=norms[0],
         kernel=attn.conv._parameters,
         gate=torch.sigmoid if type(attn.gate) in _SIGMOIDS else attn.gate,
         drop_path=drop_path if type(drop_path) is DropPath else None,
         downsample=downsample,
-        shortcut_norm=None if last is None else _norm_part(last),
+        shortcut_norm=None if last is None else norms[1],
         act=act,
         relu=type(act) is nn.ReLU,
         short=downsample is None and type(attn.gate) in _SIGMOIDS,
         pools=may_pool(conv),
-        children=tuple((m._modules, [*m._modules.values()]) for m in (block, attn, norm, *shortcut)),
-        hooks=tuple(d for m in heard for d in _hooks(m)),
-        attributes=tuple(m.__dict__ for m in heard),
+        inner=inner,
+        children=tuple((m._modules, [*m._modules.values()]) for m in (*tail, *inside) if m._modules),
+        affines=tuple(part.affine for part in norms),
+        synced=tuple(part.module for part in norms if type(part.module) in _SYNC_NORMS),
+        hooks=tuple(d for m in tail for d in _hooks(m)),
+        inner_hooks=tuple(d for m in inside for d in _hooks(m)),
+        attributes=tuple(m.__dict__ for m in (*tail, *inside)),
     )
 
 
@@ -253,12 +270,40 @@ def _is_channel_conv(conv: object) -> bool:
     )
 
 
-def _is_batch_norm(norm: Any) -> bool:
+def _is_batch_norm(norm: Any, acts: Container[type] = _NOTHING) -> bool:
+    """Whether a module is batch norm and, where it has an activation, one of those."""
     return (
         type(norm) in _NORMS
-        and type(getattr(norm, "act", None)) in (type(None), nn.Identity)
-        and type(getattr(norm, "drop", None)) in (type(None), nn.Identity)
+        and type(getattr(norm, "act", None)) in acts
+        and type(getattr(norm, "drop", None)) in _NOTHING
     )
+
+
+def _inner_norms(block: Any, rule: TailRule) -> tuple[tuple[InnerNorm, ...], list[nn.Module]]:
+    """Return the norms before the last convolution, none unless all can be computed with their activations.
+
+    Second, all modules that are involved.
+    """
+    norms, involved = [], []
+    for norm in rule.inner:
+        try:
+            modules = [block.get_submodule(path) for path in norm if path is not None]
+        except AttributeError:
+            return (), []
+        made = _inner_norm(norm, *modules)
+        if made is None:
+            return (), []
+        norms.append(made)
+        involved += modules
+    return tuple(norms), involved
+
+
+def _inner_norm(rule: NormRule, conv: Any, norm: Any, *rest: Any) -> InnerNorm | None:
+    *nothing, act = rest
+    is_norm = _is_batch_norm(norm, _ACTS if rule.is_own else _NOTHING)
+    if not (is_norm and type(conv) in _CONVS and type(act) in _ACTS and all(type(m) in _NOTHING for m in nothing)):
+        return None
+    return InnerNorm(_norm_part(norm), _ACTS[type(act)], (norm,) if rule.is_own else (norm, *rest))
 
 
 def _last_norm(downsample: Any) -> Any:

@@ -13,6 +13,7 @@ sum of grad: z, which the norm keeps anyway, serves both.
 """
 
 from collections.abc import Callable
+from enum import IntEnum
 from functools import reduce
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 __all__ = [
+    "Act",
     "Moments",
     "Norm",
     "Running",
@@ -34,6 +36,14 @@ __all__ = [
     "update_running",
     "vector_dtype",
 ]
+
+
+class Act(IntEnum):
+    """What ends what is computed at once, numbered as the compiled passes have it."""
+
+    NONE = 0
+    RELU = 1
+    RELU6 = 2
 
 
 class Moments(NamedTuple):
@@ -81,7 +91,7 @@ class TailWeights(NamedTuple):
     """What a tail computes with besides its maps.
 
     Attributes:
-        kernel: ECA's kernel (1, 1, k).
+        kernel: ECA's kernel (1, 1, k), None where there is no attention: w is drop.
         gate: ECA's gate, a function of one tensor; the compiled passes take `torch.sigmoid` alone.
         weight: The norm's weight gamma (C,), None for one.
         bias: The norm's bias beta (C,), None for zero.
@@ -94,7 +104,7 @@ class TailWeights(NamedTuple):
         pooled: z's mean over the map (B, C), None where it is not known yet. For given moments alone.
     """
 
-    kernel: Tensor
+    kernel: Tensor | None
     gate: Callable[[Tensor], Tensor]
     weight: Tensor | None
     bias: Tensor | None
@@ -186,7 +196,7 @@ def gains(pooled: Tensor, moments: Moments, weights: TailWeights) -> tuple[Tenso
     q = (pooled - moments.mean.to(dtype)) * scale
     if weights.bias is not None:
         q = q + weights.bias.to(dtype)
-    w = weights.gate(_channel_conv(q, weights.kernel.to(dtype)))
+    w = torch.ones_like(q) if weights.kernel is None else weights.gate(_channel_conv(q, weights.kernel.to(dtype)))
     if weights.drop is not None:
         w = w * weights.drop.to(dtype)
     return w * scale, w * q

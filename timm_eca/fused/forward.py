@@ -8,9 +8,10 @@ from torch import Tensor
 
 from . import native
 from .eligible import Parts, map_fits
-from .formula import Moments, Norm, Running, TailWeights
+from .formula import Act, Moments, Norm, TailWeights
+from .norms import compiled_norm
 from .pooled import pooled_before
-from .tail import fused_tail, graph_tail, trained_tail
+from .tail import fused_tail, graph_tail
 
 __all__ = ["compiled_tail", "eager_tail", "fused_forward", "mean_before"]
 
@@ -24,7 +25,8 @@ def fused_forward(block: Any, parts: Parts, x: Tensor, tail_of: Callable[..., Te
         x: Its input.
         tail_of: What computes the tail: `eager_tail`, or in a graph `compiled_tail`.
     """
-    u, shortcut = block._halves.head(block, x)
+    head, norms = block._halves.head, parts.norms
+    u, shortcut = block._halves.normed_head(block, x, norms) if norms else head(block, x)
     pooled = mean_before(parts, u) if parts.pools else None
     z = parts.conv(u)
     out = tail_of(parts, z, shortcut, pooled)
@@ -40,7 +42,8 @@ def eager_tail(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None)
     """Return what a tail makes of the last convolution's map, None where that or the shortcut does not fit."""
     out = None
     if parts.short and not (parts.drop_path is not None and _drops(parts)):
-        out = _short_tail(parts, z, shortcut if parts.adds else None, pooled)
+        added, act = shortcut if parts.adds else None, Act.RELU if parts.relu else Act.NONE
+        out = compiled_norm(parts.norm, parts.kernel["weight"], z, added, pooled, act)
     if out is None and _fits(parts, z, shortcut):
         out = fused_tail(z, *_operands(parts, z, shortcut, pooled), parts.relu)
     return out if out is None or parts.relu or parts.act is None else parts.act(out)
@@ -52,19 +55,6 @@ def compiled_tail(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | No
         return None
     out = graph_tail(z, *_operands(parts, z, shortcut, pooled), parts.relu)
     return out if parts.relu or parts.act is None else parts.act(out)
-
-
-def _short_tail(parts: Parts, z: Tensor, added: Tensor | None, pooled: Tensor | None) -> Tensor | None:
-    """The same by the compiled passes, None where they do not take it: few lines, of which each has its price."""
-    norm, affine, stats = parts.norm, parts.norm.affine, parts.norm.stats
-    weight, bias, kernel, eps = affine["weight"], affine["bias"], parts.kernel["weight"], norm.module.eps
-    if norm.of_batch:
-        return trained_tail((z, added, weight, bias, kernel), (None, None), _running(norm.module), eps, parts.relu)
-    mean, var = stats["running_mean"], stats["running_var"]
-    if torch.is_grad_enabled():
-        return trained_tail((z, added, weight, bias, kernel), (mean, var), None, eps, parts.relu)
-    vectors = (weight, bias, kernel, mean, var, None)
-    return z if native.infer(z, added, vectors, pooled, None, eps, parts.relu) else None
 
 
 def _fits(parts: Parts, z: Tensor, shortcut: Tensor) -> bool:
@@ -93,11 +83,18 @@ def _operands(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None) 
 def _downsampled(parts: Parts, x: Tensor) -> tuple[Tensor, Norm | None]:
     """Return the shortcut, and in inference the norm that it has yet to go through, which the tail does on its way."""
     norm = parts.shortcut_norm
-    if norm is None or torch.is_grad_enabled() or norm.of_batch:
+    if norm is None:
         return parts.downsample(x), None
-    for layer in list(parts.downsample)[:-1]:
+    *before, last = parts.downsample
+    for layer in before:
         x = layer(x)
-    return x, norm.given()
+    if not (torch.is_grad_enabled() or norm.of_batch):
+        return x, norm.given()
+    # Where a gradient is asked for, x is not overwritten, which somebody may have got hold of.
+    out = None
+    if x.requires_grad and not torch.compiler.is_compiling():
+        out = compiled_norm(norm, None, x, None, None, Act.NONE)
+    return last(x) if out is None else out, None
 
 
 def _weights(parts: Parts, z: Tensor, pooled: Tensor | None) -> TailWeights:
@@ -106,7 +103,7 @@ def _weights(parts: Parts, z: Tensor, pooled: Tensor | None) -> TailWeights:
     if _drops(parts):
         drop = parts.drop_path(z.new_ones((len(z), 1, 1, 1))).flatten(1)  # the same draw as over the map
     if norm.of_batch:
-        running = _running(norm.module)
+        running = norm.running()
     else:
         moments = Moments(stats["running_mean"], stats["running_var"])
     kernel, weight, bias = parts.kernel["weight"], affine["weight"], affine["bias"]
@@ -115,13 +112,3 @@ def _weights(parts: Parts, z: Tensor, pooled: Tensor | None) -> TailWeights:
 
 def _drops(parts: Parts) -> bool:
     return parts.drop_path is not None and parts.adds and parts.drop_path.training
-
-
-def _running(norm: Any) -> Running | None:
-    """Return the statistics that batch norm updates, as `torch.nn.BatchNorm2d` decides it."""
-    if not (norm.training and norm.track_running_stats):
-        return None
-    stats = norm._buffers
-    if stats["running_mean"] is None:
-        return None
-    return Running(stats["running_mean"], stats["running_var"], norm.momentum, stats["num_batches_tracked"])

@@ -27,7 +27,7 @@ _NO_NORM = Norm(None, None, None, None, 0.0)  # type: ignore[arg-type]
 
 def takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
     """Whether the kernels take a map, a shortcut of its type and vectors: all on one GPU that Triton compiles for."""
-    if not z.is_cuda or z.dtype not in _DTYPES or z[0].numel() >= 1 << 31:
+    if not z.is_cuda or z.dtype not in _DTYPES or z[0].numel() >= 1 << 31 or weights.kernel is None:
         return False
     kernel, _, weight, bias, moments, _, drop, _, shortcut_norm, pooled = weights
     for t in (kernel, weight, bias, *(moments or ()), drop, pooled, *(shortcut_norm or ())[:4]):
@@ -166,6 +166,7 @@ def _of_samples(vectors: Tensor, layout: _Layout, how: str) -> Tensor:
 
 
 def _vector_constants(weights: TailWeights, layout: _Layout) -> dict[str, Any]:
+    assert weights.kernel is not None
     sizes = {"channels": layout.channels, "size": weights.kernel.numel(), "block_c": _CHANNELS}
     return {"eps": weights.eps, **sizes}
 
@@ -201,6 +202,7 @@ def _vectors_backward(
     """Return the vectors that make the map's gradient, and the gradients of weight, bias and kernel."""
     kernel, _, weight, bias, moments, _, drop, *_ = weights
     assert moments is not None
+    assert kernel is not None
     vectors, constants = (dots, total, pooled, *moments, weight), _vector_constants(weights, layout)
     opened, d_logits, scale, shift = (torch.empty_like(pooled) for _ in range(4))
     shares = pooled.new_empty((prod(layout.by_row), kernel.numel()))

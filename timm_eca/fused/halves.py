@@ -8,13 +8,34 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["Halves", "TailRule", "halves_of"]
+__all__ = ["Halves", "NormRule", "TailRule", "halves_of"]
+
+
+class NormRule(NamedTuple):
+    """A norm before the last convolution, and what follows it: paths of modules in the block, in their order.
+
+    Attributes:
+        conv: The convolution before it.
+        norm: The norm.
+        drop: What has to do nothing, None where there is no such module.
+        act: The activation, which may be the norm's own.
+    """
+
+    conv: str
+    norm: str
+    drop: str | None
+    act: str
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the activation is in the norm."""
+        return "." in self.act
 
 
 class TailRule(NamedTuple):
@@ -26,6 +47,7 @@ class TailRule(NamedTuple):
         attn: The attention after the norm.
         act: The activation after the addition, None where there is none.
         rest: What else the second half uses.
+        inner: The norms of the first half.
     """
 
     conv: str
@@ -33,6 +55,7 @@ class TailRule(NamedTuple):
     attn: str
     act: str | None
     rest: frozenset[str]
+    inner: tuple[NormRule, ...]
 
     @property
     def names(self) -> set[str]:
@@ -43,10 +66,12 @@ class TailRule(NamedTuple):
 class Halves(NamedTuple):
     """The two halves of a forward: `head(block, x)` returns what the convolution gets, and the shortcut.
 
+    `normed_head(block, x, norms)` does the same with a function of its own for each norm and what belongs to it.
     `tail(block, z, shortcut)` gets what the convolution made of it.
     """
 
     head: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+    normed_head: Callable[[nn.Module, Tensor, Sequence[Callable[[Tensor], Tensor]]], tuple[Tensor, Tensor]]
     tail: Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -64,10 +89,28 @@ def halves_of(cls: type[nn.Module], rule: TailRule) -> Halves | None:
     if not head or ast.unparse(function.body[cut - 1]) != f"x = self.{rule.conv}(x)" or names != rule.names:
         return None
     scope = vars(sys.modules[cls.forward.__module__])
-    head = [*head, *ast.parse("return x, shortcut").body]
+    normed = _normed(head, rule)
+    if normed is None:
+        return None
+    given = ast.parse("return x, shortcut").body
     return Halves(
-        _function("head", ["self", "x"], head, scope), _function("tail", ["self", "x", "shortcut"], tail, scope)
+        _function("head", ["self", "x"], [*head, *given], scope),
+        _function("normed_head", ["self", "x", "norms"], [*normed, *given], scope),
+        _function("tail", ["self", "x", "shortcut"], tail, scope),
     )
+
+
+def _normed(head: list[ast.stmt], rule: TailRule) -> list[ast.stmt] | None:
+    """Return a first half that calls `norms[i]` for its norms, None where those are not as their rules say."""
+    source = "\n".join(map(ast.unparse, head))
+    for i, norm in enumerate(rule.inner):
+        called = norm[:2] if norm.is_own else [path for path in norm if path is not None]
+        conv, *rest = (f"x = self.{path}(x)" for path in called)
+        steps = "\n".join((conv, *rest))
+        if steps not in source:
+            return None
+        source = source.replace(steps, f"{conv}\nx = norms[{i}](x)")
+    return ast.parse(source).body
 
 
 def _own_names(node: ast.AST) -> set[str]:

@@ -14,7 +14,7 @@ from math import nan
 import torch
 from torch import Tensor, nn
 
-from .formula import Moments, Norm, Running, TailWeights, normed_shortcut
+from .formula import Act, Moments, Norm, Running, TailWeights, normed_shortcut
 
 __all__ = [
     "are_plain",
@@ -35,10 +35,10 @@ _NONE = (None, None)
 _NO_NORM = (None, None, None, None, 0.0)
 _NO_RUNNING = (None, None, 0.0, None)
 
-_OF_ALL = "Tensor? weight, Tensor? bias, Tensor kernel, Tensor? mean, Tensor? var, Tensor? drop"
+_OF_ALL = "Tensor? weight, Tensor? bias, Tensor? kernel, Tensor? mean, Tensor? var, Tensor? drop"
 _OF_INFERENCE = (
     f"(Tensor(a!) z, Tensor? shortcut, {_OF_ALL}, Tensor? pooled, Tensor? shortcut_weight, Tensor? shortcut_bias,"
-    " Tensor? shortcut_mean, Tensor? shortcut_var, float eps, float shortcut_eps, bool relu)"
+    " Tensor? shortcut_mean, Tensor? shortcut_var, float eps, float shortcut_eps, int act)"
 )
 _SCHEMAS = {
     # In place, by given moments. False where the passes do not take such tensors; in a graph that is an error.
@@ -47,10 +47,10 @@ _SCHEMAS = {
     # Without moments, by the batch's, which the running ones are updated by; a factor of nan is 1 / seen. Returns
     # whether such tensors are taken, the result, z pooled, and the batch's moments.
     "tail": f"(Tensor(a!) z, Tensor? shortcut, {_OF_ALL}, Tensor(b!)? running_mean, Tensor(c!)? running_var,"
-    " Tensor(d!)? seen, float factor, float eps, bool relu, bool inplace) -> (bool, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor(d!)? seen, float factor, float eps, int act, bool inplace) -> (bool, Tensor, Tensor, Tensor, Tensor)",
     # Returns the gradients of z, shortcut, weight, bias and kernel; without out, that of the shortcut is grad.
-    "tail_backward": f"(Tensor grad, Tensor? out, Tensor z, Tensor pooled, {_OF_ALL}, float eps, bool of_batch,"
-    " bool for_z) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "tail_backward": f"(Tensor grad, Tensor? out, Tensor z, Tensor? pooled, {_OF_ALL}, float eps, int act,"
+    " bool of_batch, bool for_z) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # What operators.py has for graphs.
     "gains": f"(Tensor z, {_OF_ALL}, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "gains_backward": f"(Tensor dots, Tensor total, Tensor pooled, {_OF_ALL}, float eps, SymInt area, bool of_batch)"
@@ -152,7 +152,7 @@ def infer(
     pooled: Tensor | None,
     shortcut_norm: Norm | None,
     eps: float,
-    relu: bool,
+    act: int,
 ) -> bool:
     """Put a tail by given moments in the place of z, if the passes take such tensors, and return whether they do.
 
@@ -161,17 +161,18 @@ def infer(
     Args:
         z: Map before the norm.
         shortcut: What is added, or None.
-        vectors: Weight, bias, ECA's kernel, mean, variance, and the drop path's factors.
+        vectors: Weight, bias, ECA's kernel, mean, variance, and the drop path's factors. Without a kernel there is no
+            attention.
         pooled: z's mean over the map, None where it is not known yet.
         shortcut_norm: The norm that the shortcut has yet to go through.
         eps: The norm's epsilon.
-        relu: Whether a ReLU ends the tail.
+        act: The `Act` that ends the tail.
     """
     if not (_loaded and z.is_cpu and are_plain((z, shortcut, *vectors))):
         return False
     weight, bias, mean, var, shortcut_eps = shortcut_norm or _NO_NORM
     try:
-        return _infer(z, shortcut, *vectors, pooled, weight, bias, mean, var, eps, shortcut_eps, relu)
+        return _infer(z, shortcut, *vectors, pooled, weight, bias, mean, var, eps, shortcut_eps, act)
     except NotImplementedError:  # tensors of several devices, of which others have a better word to say
         return False
 
@@ -182,7 +183,7 @@ def train(
     vectors: tuple[Tensor | None, ...],
     running: Running | None,
     eps: float,
-    relu: bool,
+    act: int,
     inplace: bool,
 ) -> list[Tensor] | None:
     """Return the result, z pooled, and the batch's moments, or None as `infer` does. Arguments are as `infer`'s.
@@ -195,7 +196,7 @@ def train(
         return None
     factor = nan if factor is None else factor
     try:
-        taken, *made = _tail(z, shortcut, *vectors, mean, var, seen, factor, eps, relu, inplace)
+        taken, *made = _tail(z, shortcut, *vectors, mean, var, seen, factor, eps, act, inplace)
     except NotImplementedError:
         return None
     return made if taken else None
@@ -208,23 +209,24 @@ def backward(
     kernel, _, weight, bias, moments, _, drop, eps, *_ = weights
     assert moments is not None
     saved = (out, z, pooled, weight, bias, kernel, *moments, drop)
-    gradients = gradients_of(grad, saved, eps, wanted[5], wanted[0])
+    gradients = gradients_of(grad, saved, eps, Act.NONE if out is None else Act.RELU, wanted[5], wanted[0])
     return [gradient if want else None for gradient, want in zip(gradients, wanted)]
 
 
 def gradients_of(
-    grad: Tensor, saved: tuple[Tensor | None, ...], eps: float, of_batch: bool, for_z: bool
+    grad: Tensor, saved: tuple[Tensor | None, ...], eps: float, act: int, of_batch: bool, for_z: bool
 ) -> tuple[Tensor, ...]:
     """Return the gradients of z, shortcut, weight, bias and kernel, that of z where it is asked for.
 
     Args:
         grad: Gradient of the output.
-        saved: The output where a ReLU made it, z, z pooled, weight, bias, kernel, the moments, and drop.
+        saved: The output where an activation made it, z, z pooled, weight, bias, kernel, the moments, and drop.
         eps: The norm's epsilon.
+        act: The `Act` that ended the tail.
         of_batch: Whether the moments were those of the batch.
         for_z: Whether the gradient of z is wanted.
     """
-    gradients = _tail_backward(grad, *saved, eps, of_batch, for_z)
+    gradients = _tail_backward(grad, *saved, eps, act, of_batch, for_z)
     return gradients if saved[0] is not None else (gradients[0], grad, *gradients[2:])
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formula import Moments, TailWeights, gains, normed_shortcut, update_running, vector_dtype
+from .formula import Act, Moments, TailWeights, gains, normed_shortcut, update_running, vector_dtype
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "let_through"]
 
 
 @torch.no_grad()
@@ -34,20 +34,27 @@ def forward(
 
 
 def backward(
-    grad: Tensor, out: Tensor | None, z: Tensor, pooled: Tensor, weights: TailWeights, wanted: list[bool]
+    grad: Tensor,
+    out: Tensor | None,
+    z: Tensor,
+    pooled: Tensor,
+    weights: TailWeights,
+    wanted: list[bool],
+    act: Act = Act.RELU,
 ) -> list[Tensor | None]:
     """Return the gradients of z, shortcut, weight, bias and kernel, those that are wanted.
 
     Args:
         grad: Gradient of the output (B, C, H, W).
-        out: The output where a ReLU made it, else None.
+        out: The output where an activation made it, else None.
         z: Map before the norm.
         pooled: z pooled (B, C).
         weights: What the tail computed with; the moments are those it was normed by.
         wanted: Which of the five are wanted, and sixth, whether the moments were those of the batch.
+        act: The activation that made the output.
     """
     for_z, for_shortcut, *for_weights, of_batch = wanted
-    grad = grad if out is None else torch.ops.aten.threshold_backward(grad, out, 0)
+    grad = grad if out is None else let_through(grad, out, act)
     total = grad.sum((2, 3), dtype=pooled.dtype)
     dots = (grad * z).sum((2, 3), dtype=pooled.dtype).addcmul_(pooled, total, value=-1)
     leaves, outputs = _vector_graph(pooled, weights, [for_z, for_z and of_batch, *for_weights], of_batch)
@@ -65,6 +72,13 @@ def backward(
         else:
             dz = torch.addcmul(_as_map(shift, z), grad, _as_map(scale, z))
     return [dz, grad if for_shortcut else None, *d_weights]
+
+
+def let_through(grad: Tensor, out: Tensor, act: Act) -> Tensor:
+    """Return the gradient of what an activation, a ReLU or ReLU6, was given, from what it made of that."""
+    if act == Act.RELU6:
+        return torch.ops.aten.hardtanh_backward(grad, out, 0, 6)
+    return torch.ops.aten.threshold_backward(grad, out, 0)
 
 
 def grads_of(outputs: Any, grads: Any, inputs: Any, create_graph: bool = False) -> list[Tensor | None]:

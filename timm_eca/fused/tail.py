@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from . import gpu, native, passes
-from .formula import Moments, Running, TailWeights, layout_of, tail_formula
+from .formula import Act, Moments, Running, TailWeights, layout_of, tail_formula
 from .operators import operator_gains, operator_infer
 
 __all__ = ["fused_tail", "graph_tail", "trained_tail"]
 
-Leaves = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]
+Leaves = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 _SMALL = 1 << 18  # elements of a map, of which a call from a compiled model takes longer than it saves
 
@@ -32,30 +32,30 @@ def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: b
     out, pooled, moments = found
     if not recorded:
         return out
-    rest = engine, weights.gate, weights.eps, weights.moments is None
-    return _record(*leaves, (out, pooled, *moments, weights.drop, relu, rest))
+    rest = engine, weights.gate, weights.eps, Act(relu), weights.moments is None
+    return _record(*leaves, (out, pooled, *moments, weights.drop, rest))
 
 
 def trained_tail(
-    leaves: Leaves, moments: tuple[Tensor | None, Tensor | None], running: Running | None, eps: float, relu: bool
+    leaves: Leaves, moments: tuple[Tensor | None, Tensor | None], running: Running | None, eps: float, act: Act
 ) -> Tensor | None:
     """As `fused_tail`, by the compiled passes for CPUs where they take it, else None.
 
     Args:
-        leaves: z, the shortcut, the norm's weight and bias, and ECA's kernel.
+        leaves: z, the shortcut, the norm's weight and bias, and ECA's kernel, None where there is no attention.
         moments: Mean and variance, both None where they are those of the batch.
         running: Statistics that the batch's update.
         eps: The norm's epsilon.
-        relu: Whether a ReLU ends the tail.
+        act: What ends the tail.
     """
     z, shortcut, *weights = leaves
     recorded = _is_recorded(leaves)
-    made = native.train(z, shortcut, (*weights, *moments, None), running, eps, relu, not recorded)
+    made = native.train(z, shortcut, (*weights, *moments, None), running, eps, act, not recorded)
     if made is None or not recorded:
         return None if made is None else z
     out, pooled, *of_batch = made
-    rest = native, torch.sigmoid, eps, moments[0] is None
-    return _record(*leaves, (out, pooled, *(of_batch if moments[0] is None else moments), None, relu, rest))
+    rest = native, torch.sigmoid, eps, act, moments[0] is None
+    return _record(*leaves, (out, pooled, *(of_batch if moments[0] is None else moments), None, rest))
 
 
 def _is_recorded(leaves: Leaves) -> bool:
@@ -84,33 +84,35 @@ class _FusedTail(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z, shortcut, weight, bias, kernel, made):
-        out, pooled, mean, var, drop, relu, ctx.rest = made
-        ctx.save_for_backward(out if relu else None, z, pooled, weight, bias, kernel, mean, var, drop)
+        out, pooled, mean, var, drop, ctx.rest = made
+        pooled = None if kernel is None else pooled
+        ctx.save_for_backward(out if ctx.rest[3] else None, z, pooled, weight, bias, kernel, mean, var, drop)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad):
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
-        engine, gate, eps, of_batch = ctx.rest
+        engine, gate, eps, act, of_batch = ctx.rest
         # A batch of gradients has no storage, and one of a class of its own may have operations of its own.
         by_operations = torch.is_grad_enabled() or type(grad) is not Tensor or not torch._C._has_storage(grad)
         if engine is native and not by_operations:
-            grads = native.gradients_of(grad, saved, eps, of_batch, wanted[0])
+            grads = native.gradients_of(grad, saved, eps, act, of_batch, wanted[0])
             return *[g if want else None for g, want in zip(grads, wanted)], None
         out, z, pooled, weight, bias, kernel, mean, var, drop = saved
+        pooled = mean.expand(len(z), -1) if pooled is None else pooled  # which no result depends on without a gate
         weights = TailWeights(kernel, gate, weight, bias, Moments(mean, var), None, drop, eps)
         if torch.is_grad_enabled():
-            return *_differentiable(grad, out, z, weights, wanted, of_batch), None
-        by = passes if by_operations else engine
-        return *by.backward(_as_format(grad, z), out, z, pooled, weights, [*wanted[:5], of_batch]), None
+            grad = grad if out is None else passes.let_through(grad, out, act)
+            return *_differentiable(grad, z, weights, wanted, of_batch), None
+        given = _as_format(grad, z), out, z, pooled, weights, [*wanted[:5], of_batch]
+        return *(passes.backward(*given, act) if by_operations else engine.backward(*given)), None
 
 
 _record = super(torch.autograd.Function, _FusedTail).apply  # without the looks for what blocks have looked for already
 
 
-def _differentiable(grad: Tensor, out: Tensor | None, z: Tensor, weights: TailWeights, wanted: Any, of_batch: bool):
+def _differentiable(grad: Tensor, z: Tensor, weights: TailWeights, wanted: Any, of_batch: bool):
     """Return the gradients by differentiating the formula, so that they can be differentiated again."""
-    grad = grad if out is None else grad * (out > 0)
     result = tail_formula(z, None, weights._replace(moments=None) if of_batch else weights, relu=False)
     inputs = (z, weights.weight, weights.bias, weights.kernel)
     asked = [t if want else None for t, want in zip(inputs, (wanted[0], *wanted[2:5]))]

@@ -1,0 +1,93 @@
+"""A batch norm and what is computed at once with it, by the compiled passes: a tail, or an activation inside a block.
+
+It runs between two convolutions, where each line has its price (see eligible.py): few and plain lookups.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import native
+from .formula import Act, Norm, Running
+from .tail import trained_tail
+
+__all__ = ["InnerNorm", "NormPart", "compiled_norm"]
+
+
+@dataclass(frozen=True, eq=False)  # no tuple: exporters walk through those that modules hold
+class NormPart:
+    """A batch norm, and the dictionaries of its weights and statistics: each call looks, for they may be replaced."""
+
+    module: Any
+    frozen: bool
+    affine: dict[str, Any]
+    stats: dict[str, Any]
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether the batch's statistics are used, as `torch.nn.BatchNorm2d` decides it."""
+        return not self.frozen and (self.module.training or self.stats["running_mean"] is None)
+
+    def given(self) -> Norm:
+        """Return the norm by its own statistics."""
+        affine, stats = self.affine, self.stats
+        return Norm(affine["weight"], affine["bias"], stats["running_mean"], stats["running_var"], self.module.eps)
+
+    def running(self) -> Running | None:
+        """Return the statistics that a batch's update, as `torch.nn.BatchNorm2d` decides it."""
+        norm: Any = self.module
+        if not (norm.training and norm.track_running_stats):
+            return None
+        stats = norm._buffers
+        if stats["running_mean"] is None:
+            return None
+        return Running(stats["running_mean"], stats["running_var"], norm.momentum, stats["num_batches_tracked"])
+
+
+@dataclass(frozen=True, eq=False)
+class InnerNorm:
+    """A norm and its activation before a block's last convolution.
+
+    Attributes:
+        norm: The norm.
+        act: The activation.
+        modules: What is computed at once, in its order.
+    """
+
+    norm: NormPart
+    act: Act
+    modules: tuple[nn.Module, ...]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return what the modules make of a convolution's map, which is overwritten if no gradient is asked for."""
+        out = compiled_norm(self.norm, None, z, None, None, self.act) if type(z) is Tensor else None
+        if out is None:
+            out = z
+            for module in self.modules:
+                out = module(out)
+        return out
+
+
+def compiled_norm(
+    norm: NormPart, kernel: Tensor | None, z: Tensor, added: Tensor | None, pooled: Tensor | None, act: Act
+) -> Tensor | None:
+    """Return what the compiled passes make of a map, None where they do not take it.
+
+    Args:
+        norm: The norm that the map goes through.
+        kernel: ECA's kernel, None where there is no attention.
+        z: The map.
+        added: What is added, of z's shape, or None.
+        pooled: z's mean over the map, None where it is not known yet.
+        act: What ends it.
+    """
+    affine, stats, eps = norm.affine, norm.stats, norm.module.eps
+    weight, bias = affine["weight"], affine["bias"]
+    if norm.of_batch:
+        return trained_tail((z, added, weight, bias, kernel), (None, None), norm.running(), eps, act)
+    mean, var = stats["running_mean"], stats["running_var"]
+    if torch.is_grad_enabled():
+        return trained_tail((z, added, weight, bias, kernel), (mean, var), None, eps, act)
+    return z if native.infer(z, added, (weight, bias, kernel, mean, var, None), pooled, None, eps, act) else None
