@@ -165,6 +165,14 @@ class TestDerivatives:
             found.append(torch.autograd.grad(out, x, cotangents, is_grads_batched=True)[0])
         torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
+    def test_of_weights_alone(self, norm):
+        exact, x = plain(copy.deepcopy(norm)), map_of((2, 4, 5, 5), NHWC)
+        found = []
+        for function, module in ((norm, norm.norm.module), (exact, exact[0])):
+            function(x.clone()).square().sum().backward()
+            found.append([p.grad for p in module.parameters()])
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
     def test_frozen_weights(self, norm):
         for p in norm.norm.module.parameters():
             p.requires_grad_(False)

@@ -39,7 +39,7 @@ __all__ = [
 
 
 class Act(IntEnum):
-    """What ends what is computed at once, numbered as the compiled passes have it."""
+    """What ends what is computed at once, numbered as the compiled passes have it: false for nothing, true for ReLU."""
 
     NONE = 0
     RELU = 1

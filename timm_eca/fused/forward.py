@@ -42,8 +42,8 @@ def eager_tail(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None)
     """Return what a tail makes of the last convolution's map, None where that or the shortcut does not fit."""
     out = None
     if parts.short and not (parts.drop_path is not None and _drops(parts)):
-        added, act = shortcut if parts.adds else None, Act.RELU if parts.relu else Act.NONE
-        out = compiled_norm(parts.norm, parts.kernel["weight"], z, added, pooled, act)
+        added = shortcut if parts.adds else None
+        out = compiled_norm(parts.norm, parts.kernel["weight"], z, added, pooled, parts.relu)
     if out is None and _fits(parts, z, shortcut):
         out = fused_tail(z, *_operands(parts, z, shortcut, pooled), parts.relu)
     return out if out is None or parts.relu or parts.act is None else parts.act(out)

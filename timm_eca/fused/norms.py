@@ -71,7 +71,7 @@ class InnerNorm:
 
 
 def compiled_norm(
-    norm: NormPart, kernel: Tensor | None, z: Tensor, added: Tensor | None, pooled: Tensor | None, act: Act
+    norm: NormPart, kernel: Tensor | None, z: Tensor, added: Tensor | None, pooled: Tensor | None, act: int
 ) -> Tensor | None:
     """Return what the compiled passes make of a map, None where they do not take it.
 
@@ -81,7 +81,7 @@ def compiled_norm(
         z: The map.
         added: What is added, of z's shape, or None.
         pooled: z's mean over the map, None where it is not known yet.
-        act: What ends it.
+        act: The `Act` that ends it.
     """
     affine, stats, eps = norm.affine, norm.stats, norm.module.eps
     weight, bias = affine["weight"], affine["bias"]

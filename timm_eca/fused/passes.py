@@ -40,7 +40,7 @@ def backward(
     pooled: Tensor,
     weights: TailWeights,
     wanted: list[bool],
-    act: Act = Act.RELU,
+    act: int = Act.RELU,
 ) -> list[Tensor | None]:
     """Return the gradients of z, shortcut, weight, bias and kernel, those that are wanted.
 
@@ -51,7 +51,7 @@ def backward(
         pooled: z pooled (B, C).
         weights: What the tail computed with; the moments are those it was normed by.
         wanted: Which of the five are wanted, and sixth, whether the moments were those of the batch.
-        act: The activation that made the output.
+        act: The `Act` that made the output.
     """
     for_z, for_shortcut, *for_weights, of_batch = wanted
     grad = grad if out is None else let_through(grad, out, act)
@@ -74,7 +74,7 @@ def backward(
     return [dz, grad if for_shortcut else None, *d_weights]
 
 
-def let_through(grad: Tensor, out: Tensor, act: Act) -> Tensor:
+def let_through(grad: Tensor, out: Tensor, act: int) -> Tensor:
     """Return the gradient of what an activation, a ReLU or ReLU6, was given, from what it made of that."""
     if act == Act.RELU6:
         return torch.ops.aten.hardtanh_backward(grad, out, 0, 6)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import gpu, native, passes
-from .formula import Act, Moments, Running, TailWeights, layout_of, tail_formula
+from .formula import Moments, Running, TailWeights, layout_of, tail_formula
 from .operators import operator_gains, operator_infer
 
 __all__ = ["fused_tail", "graph_tail", "trained_tail"]
@@ -32,12 +32,12 @@ def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: b
     out, pooled, moments = found
     if not recorded:
         return out
-    rest = engine, weights.gate, weights.eps, Act(relu), weights.moments is None
+    rest = engine, weights.gate, weights.eps, relu, weights.moments is None
     return _record(*leaves, (out, pooled, *moments, weights.drop, rest))
 
 
 def trained_tail(
-    leaves: Leaves, moments: tuple[Tensor | None, Tensor | None], running: Running | None, eps: float, act: Act
+    leaves: Leaves, moments: tuple[Tensor | None, Tensor | None], running: Running | None, eps: float, act: int
 ) -> Tensor | None:
     """As `fused_tail`, by the compiled passes for CPUs where they take it, else None.
 
@@ -46,7 +46,7 @@ def trained_tail(
         moments: Mean and variance, both None where they are those of the batch.
         running: Statistics that the batch's update.
         eps: The norm's epsilon.
-        act: What ends the tail.
+        act: The `Act` that ends the tail.
     """
     z, shortcut, *weights = leaves
     recorded = _is_recorded(leaves)
