@@ -1,6 +1,7 @@
 """The short way to a tail by the compiled passes, and tensors that change between calls."""
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -217,3 +218,14 @@ def test_gradient_of_a_class_of_its_own(relu):
 def test_pytorch_without_the_interface(monkeypatch):
     monkeypatch.setattr(native, "_API", (*native._API[:-2], "no_such_function", native._API[-1]))
     assert not native._load()
+
+
+@needs_library
+def test_library_built_before(monkeypatch):
+    monkeypatch.setattr(native, "_INTERFACE", native._INTERFACE + 1)
+    assert not native._load()
+
+
+def test_library_that_was_built_is_loaded():
+    built = find_spec("timm_eca.fused._native") is not None
+    assert native.loaded() == (built and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))

@@ -293,6 +293,9 @@ void gains_backward(Value* stack, std::uint64_t, std::uint64_t) {
 
 }  // namespace
 
+// What native.py's schemas are to be: the same number is there, and grows with each change of what operators take.
+extern "C" int timm_eca_interface() { return 2; }
+
 // Makes the operators' kernels known to PyTorch, which has their schemas. Returns whether it took them.
 extern "C" bool timm_eca_register(const Api* found) {
   api = *found;

@@ -2,7 +2,7 @@
 //
 // formula.py has the formula and the names, _maps.h the loops over one sample. Maps are (B, C, N), or (B, N, C) where
 // `nhwc` is set, N being H * W; vectors are (B, C) or (C). Maps are of type M, vectors and what is computed of type T.
-// Only _native.cpp includes this.
+// Without a kernel there is no gate, and what is left is a norm and what follows it. Only _native.cpp includes this.
 
 #pragma once
 

@@ -25,12 +25,12 @@ def fused_forward(block: Any, parts: Parts, x: Tensor, tail_of: Callable[..., Te
         x: Its input.
         tail_of: What computes the tail: `eager_tail`, or in a graph `compiled_tail`.
     """
-    head, norms = block._halves.head, parts.norms
-    u, shortcut = block._halves.normed_head(block, x, norms) if norms else head(block, x)
+    halves = block._halves
+    u, shortcut = halves.normed_head(block, x, parts.norms) if parts.norms else halves.head(block, x)
     pooled = mean_before(parts, u) if parts.pools else None
     z = parts.conv(u)
     out = tail_of(parts, z, shortcut, pooled)
-    return block._halves.tail(block, z, shortcut) if out is None else out
+    return halves.tail(block, z, shortcut) if out is None else out
 
 
 def mean_before(parts: Parts, u: Tensor) -> Tensor | None:

@@ -56,6 +56,7 @@ _SCHEMAS = {
     "gains_backward": f"(Tensor dots, Tensor total, Tensor pooled, {_OF_ALL}, float eps, SymInt area, bool of_batch)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
+_INTERFACE = 2  # as in _native.cpp; grows with each change of a schema
 # PyTorch's functions that the operators call, in the order in which `_torch.h` has them.
 _API = (
     "aoti_torch_library_init_impl",
@@ -90,7 +91,8 @@ def _load() -> bool:
     except OSError:  # a PyTorch with another OpenMP runtime
         return False
     found = [ctypes.cast(pytorch[name], ctypes.c_void_p).value if hasattr(pytorch, name) else None for name in _API]
-    if not (all(found[:-1]) and hasattr(library, "timm_eca_register")):  # an older PyTorch, or a library built before
+    built_for = library.timm_eca_interface() if hasattr(library, "timm_eca_interface") else 1
+    if not all(found[:-1]) or built_for != _INTERFACE:  # an older PyTorch, or a library that was built before
         return False
     library.timm_eca_register.restype = ctypes.c_bool
     return library.timm_eca_register((ctypes.c_void_p * len(found))(*found))
