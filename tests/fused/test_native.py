@@ -99,7 +99,7 @@ def compare(actual, expected, dtype: torch.dtype) -> None:
 
 
 class TestNarrowMaps:
-    """NHWC: several pixels make a row, and the last row is shorter."""
+    """NHWC: several pixels make a line, and the last line is shorter."""
 
     @DTYPES
     @OF_BATCH
@@ -111,7 +111,7 @@ class TestNarrowMaps:
     @DTYPES
     @OF_BATCH
     @pytest.mark.parametrize("rows", [63, 64, 65, 128])
-    def test_full_rows(self, rows, of_batch, dtype):
+    def test_full_lines(self, rows, of_batch, dtype):
         check((2, 32, rows, 8), dtype, NHWC, of_batch)
 
     @OF_BATCH
@@ -165,6 +165,30 @@ class TestBothLayouts:
         apart = native.forward(z, shortcut, weights, True, inplace=False)[0]
         assert torch.equal(native.forward(z, shortcut, weights, True, inplace=True)[0], apart)
         assert torch.equal(z, apart)
+
+
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+class TestMoreThreadsThanSamples:
+    """A sample's rows are split, its channels or NHWC its pixels, and the sums of pixels added up."""
+
+    @pytest.fixture(params=[3, 5], ids=["3 threads", "5 threads"], autouse=True)
+    def threads(self, request):
+        before = torch.get_num_threads()
+        torch.set_num_threads(request.param)
+        yield
+        torch.set_num_threads(before)
+
+    @DTYPES
+    @OF_BATCH
+    @pytest.mark.parametrize("inplace", [True, False], ids=["in place", "new"])
+    @pytest.mark.parametrize("shape", [(1, 130, 37, 35), (2, 70, 33, 31), (4, 9, 73, 71)], ids=str)
+    def test_parts(self, shape, inplace, of_batch, dtype, layout):
+        check(shape, dtype, layout, of_batch, inplace=inplace)
+
+    @OF_BATCH
+    @pytest.mark.parametrize("shape", [(2, 70000, 1, 2), (2, 2, 280, 260)], ids=str)
+    def test_fewer_rows_than_parts(self, shape, of_batch, layout):
+        check(shape, torch.float64, layout, of_batch)
 
 
 class TestShortcutsNorm:

@@ -1,7 +1,7 @@
-// Loops over maps: what is summed over the pixels of some channels of a sample, and what is written to them.
+// Loops over some rows of one sample's map: what is summed over them, and what is written to them.
 //
-// Maps are (C, N), or (N, C) where `nhwc` is set, N being H * W; vectors are (C). What is computed has the vectors' type
-// T, maps may be kept in another one, M. Only _native.cpp includes this.
+// Maps are (C, N), or (N, C) where `nhwc` is set, N being H * W: a row is a channel, or a pixel. Vectors are (C). What
+// is computed has the vectors' type T, maps may be kept in another one, M. Only _native.cpp includes this.
 
 #pragma once
 
@@ -17,10 +17,16 @@ using Index = std::int64_t;
 struct Shape {
   Index batch, channels, area;
   Index nhwc, threads;
+
+  Index rows() const { return nhwc ? area : channels; }
 };
 
-constexpr Index kPixels = 64;     // rows of an NHWC map that are summed before the sums are
-constexpr Index kWide = 512;      // elements of such a row, at most, where it is several pixels
+struct Rows {
+  Index from, to;
+};
+
+constexpr Index kPixels = 64;     // lines of an NHWC map that are summed before the sums are
+constexpr Index kWide = 512;      // elements of such a line, at most, where it is several pixels
 constexpr Index kAhead = 256;     // elements that may be on their way from memory at a time
 constexpr Index kLanes = 32;      // sums that one row of an NCHW map is added up in
 constexpr Index kLong = 256;      // elements of a row for which that pays
@@ -42,9 +48,8 @@ struct BFloat16 {
   BFloat16& operator=(float value) {
     std::uint32_t wide;
     std::memcpy(&wide, &value, sizeof wide);
-    std::uint32_t nan = -std::uint32_t(value != value);
-    wide = (wide | (nan & 0x400000)) + (~nan & (0x7fff + (wide >> 16 & 1)));
-    bits = std::uint16_t(wide >> 16);
+    std::uint32_t up = 0x7fff + (wide >> 16 & 1);
+    bits = std::uint16_t((wide + (value != value ? 0 : up)) >> 16);  // the upper half of a computed NaN is one
     return *this;
   }
 };
@@ -55,23 +60,23 @@ template <typename T> struct Everywhere {
   T operator[](Index) const { return value; }
 };
 
-// A range of channels of an NHWC map as rows. Where a pixel has few channels a row is several pixels, and the last one
-// may be shorter: inner loops of a few vectors cost more than what they compute.
+// Pixels of an NHWC map, several at a time where they have few channels, and at last the rest of them: inner loops of a
+// few vectors cost more than what they compute.
 struct Grid {
-  Index channels, repeat, rows, stride, width, rest;
+  Index channels, repeat, lines, width, rest;
 
-  Grid(const Shape& d, Index c0, Index c1) : channels(c1 - c0), repeat(1) {
-    if (channels == d.channels && 2 * channels <= kWide) repeat = std::min(kWide / channels, d.area);
-    rows = d.area / repeat;
-    stride = repeat * d.channels;
+  Grid(Index channels, Rows pixels) : channels(channels), repeat(1) {
+    Index count = pixels.to - pixels.from;
+    if (2 * channels <= kWide && count) repeat = std::min(kWide / channels, count);
+    lines = count / repeat;
     width = repeat * channels;
-    rest = d.area % repeat * channels;
+    rest = count % repeat * channels;
   }
 
-  Index width_of(Index row) const { return row < rows ? width : rest; }
+  Index width_of(Index line) const { return line < lines ? width : rest; }
 };
 
-// A vector of the channels, once for each pixel of a row.
+// A vector of the channels, once for each pixel of a line.
 template <typename T> struct Repeated {
   T copies[kWide];
   const T* data;
@@ -83,30 +88,30 @@ template <typename T> struct Repeated {
   }
 };
 
-// While a row is written, which is in the cache, the same row of the next sample, if one is given, comes from memory.
-template <typename M, typename F> void write_row(const M* next, Index from, Index n, F write) {
+// While elements are written, which are in the cache, those of the next sample, if one is given, come from memory.
+template <typename M, typename F> void write_line(const M* next, Index from, Index n, F write) {
   if (next)
     for (Index i = 0; i < n; i += kLine / Index(sizeof(M))) __builtin_prefetch(next + from + i, 0, 2);
 #pragma omp simd
   for (Index c = 0; c < n; ++c) write(from + c, c);
 }
 
-template <typename M, typename F> void write_rows(const Grid& grid, const M* next, Index from, F write) {
-  for (Index i = 0; i <= grid.rows; ++i) write_row(next, from + i * grid.stride, grid.width_of(i), write);
+template <typename M, typename F> void write_pixels(const Grid& grid, const M* next, Index from, F write) {
+  for (Index i = 0; i <= grid.lines; ++i) write_line(next, from + i * grid.width, grid.width_of(i), write);
 }
 
-// Calls write(at, c) for every element of some channels. make(vectors...) returns it, given what has the vectors at c.
+// Calls write(at, c) for every element of some rows. make(vectors...) returns it, given what has the vectors at c.
 template <typename M, typename F, typename... T>
-void for_elements(const Shape& d, const M* next, Index c0, Index c1, F make, const T*... vectors) {
+void for_elements(const Shape& d, const M* next, Rows rows, F make, const T*... vectors) {
   if (d.nhwc) {
-    Grid grid(d, c0, c1);
-    write_rows(grid, next, c0, make(Repeated<T>(vectors + c0, grid).data...));
+    Grid grid(d.channels, rows);
+    write_pixels(grid, next, rows.from * d.channels, make(Repeated<T>(vectors, grid).data...));
     return;
   }
   Index most = next ? kAhead : d.area;
-  for (Index c = c0; c < c1; ++c)
+  for (Index c = rows.from; c < rows.to; ++c)
     for (Index i = 0; i < d.area; i += most)
-      write_row(next, c * d.area + i, std::min(most, d.area - i), make(Everywhere<T>{vectors[c]}...));
+      write_line(next, c * d.area + i, std::min(most, d.area - i), make(Everywhere<T>{vectors[c]}...));
 }
 
 // Adds terms of a long row, as many as fit, and returns how many. One sum of a kind would wait for itself from term to
@@ -134,14 +139,14 @@ template <typename T, typename F> void sum_row(Index from, Index n, F add, T* fi
   if (second) *second = s;
 }
 
-// Adds the sums of a row's elements to their channels'.
+// Adds the sums of a line's elements to their channels'.
 template <typename T> void fold(const Grid& grid, const T* parts, T* sums) {
   for (Index from = 0; from < grid.width; from += grid.channels)
     for (Index c = 0; c < grid.channels; ++c) sums[c] += parts[from + c];
 }
 
-// Adds the terms of a row, from the element at on, to the sums of each column.
-template <bool kTwo, typename T, typename F> void add_row(Index at, Index width, F add, T* f, T* s) {
+// Adds the terms of a line, from the element at on, to the sums of each column.
+template <bool kTwo, typename T, typename F> void add_line(Index at, Index width, F add, T* f, T* s) {
 #pragma omp simd
   for (Index c = 0; c < width; ++c) {
     T first = f[c], second = kTwo ? s[c] : T(0);
@@ -151,57 +156,57 @@ template <bool kTwo, typename T, typename F> void add_row(Index at, Index width,
   }
 }
 
-// One or two sums over the pixels, for each channel. They are kept for a few rows at a time, so that small terms are
-// not lost in large sums.
+// One or two sums over pixels, for each channel. They are kept for a few lines at a time, so that small terms are not
+// lost in large sums.
 template <bool kTwo, typename T, typename F>
 void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
   std::vector<T> parts(2 * grid.width);
   T *f = parts.data(), *s = f + grid.width;
   std::fill_n(first, grid.channels, T(0));
   if (kTwo) std::fill_n(second, grid.channels, T(0));
-  for (Index i = 0; i <= grid.rows;) {
+  for (Index i = 0; i <= grid.lines;) {
     std::fill(parts.begin(), parts.end(), T(0));
-    Index end = std::min(i + kPixels, grid.rows + 1);
-    for (; i < end; ++i) add_row<kTwo>(from + i * grid.stride, grid.width_of(i), add, f, s);
+    Index end = std::min(i + kPixels, grid.lines + 1);
+    for (; i < end; ++i) add_line<kTwo>(from + i * grid.width, grid.width_of(i), add, f, s);
     fold(grid, f, first);
     if (kTwo) fold(grid, s, second);
   }
 }
 
-// One or two sums of some channels' elements: add(at, c, first, second) adds an element's terms. make(vector) returns
-// it.
+// One or two sums of some rows' elements, for each channel: add(at, c, first, second) adds an element's terms.
+// make(vector) returns it. The sums of pixels begin at zero, those of channels are all that there are.
 template <bool kTwo, typename T, typename F>
-void sum_elements(const Shape& d, Index c0, Index c1, F make, const T* vector, T* first, T* second) {
+void sum_elements(const Shape& d, Rows rows, F make, const T* vector, T* first, T* second) {
   if (d.nhwc) {
-    Grid grid(d, c0, c1);
-    Repeated<T> repeated(vector + c0, grid);
-    sum_pixels<kTwo>(grid, c0, make(repeated.data), first + c0, second + c0);
+    Grid grid(d.channels, rows);
+    sum_pixels<kTwo>(grid, rows.from * d.channels, make(Repeated<T>(vector, grid).data), first, second);
   } else {
-    for (Index c = c0; c < c1; ++c)
+    for (Index c = rows.from; c < rows.to; ++c)
       sum_row(c * d.area, d.area, make(Everywhere<T>{vector[c]}), first + c, kTwo ? second + c : nullptr);
   }
 }
 
-// ---- passes over some channels of a sample ----
+// ---- passes over some rows of a sample ----
 
-template <typename M, typename T> void pool(const M* z, const Shape& d, Index c0, Index c1, T* mean) {
+template <typename M, typename T> void sum_map(const M* z, const Shape& d, Rows rows, T* sum) {
   auto make = [=](auto) { return [=](Index at, Index, T& sum, T&) { sum += z[at]; }; };
-  std::fill(mean + c0, mean + c1, T(0));
-  sum_elements<false>(d, c0, c1, make, mean, mean, mean);  // no vector is needed, and one sum
-  for (Index c = c0; c < c1; ++c) mean[c] /= T(d.area);
+  sum_elements<false>(d, rows, make, sum, sum, sum);  // no vector is needed, and one sum
 }
 
-// Mean of a row, and sum of squared deviations from it: squares of large means would cancel.
-template <typename M, typename T> void row_moments(const M* z, Index n, T* mean, T* square) {
-  sum_row<T>(0, n, [=](Index at, Index, T& sum, T&) { sum += z[at]; }, mean, nullptr);
-  T m = *mean /= T(n);
-  auto add = [=](Index at, Index, T& squares, T&) { squares += (z[at] - m) * (z[at] - m); };
+// Sum of a row, and of squared deviations from its mean: squares of large means would cancel.
+template <typename M, typename T> void row_moments(const M* z, Index n, T* sum, T* square) {
+  sum_row<T>(0, n, [=](Index at, Index, T& sum, T&) { sum += z[at]; }, sum, nullptr);
+  T mean = *sum / T(n);
+  auto add = [=](Index at, Index, T& squares, T&) { squares += (z[at] - mean) * (z[at] - mean); };
   sum_row<T>(0, n, add, square, nullptr);
 }
 
-// The same of NHWC maps, which are read once: deviations are from the first pixel, and that is put right.
-template <typename M, typename T>
-void pixel_moments(const M* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
+// The same of NHWC maps, which are read once: both are of deviations from the first pixel, which `moments` puts right.
+template <typename M, typename T> void sum_moments(const M* z, const Shape& d, Rows rows, T* sum, T* square) {
+  if (!d.nhwc) {
+    for (Index c = rows.from; c < rows.to; ++c) row_moments(z + c * d.area, d.area, sum + c, square + c);
+    return;
+  }
   std::vector<T> pixel(z, z + d.channels);
   auto make = [=](auto first) {
     return [=](Index at, Index c, T& sum, T& squares) {
@@ -210,19 +215,26 @@ void pixel_moments(const M* z, const Shape& d, Index c0, Index c1, T* mean, T* s
       squares += v * v;
     };
   };
-  sum_elements<true>(d, c0, c1, make, pixel.data(), mean, square);
-  for (Index c = c0; c < c1; ++c) {
-    T off = mean[c] / T(d.area);
-    square[c] -= off * mean[c];
-    mean[c] = pixel[c] + off;
+  sum_elements<true>(d, rows, make, pixel.data(), sum, square);
+}
+
+// ---- what sums of a sample's rows become ----
+
+template <typename T> void means(const Shape& d, T* sum) {
+  for (Index c = 0; c < d.channels; ++c) sum[c] /= T(d.area);
+}
+
+// Means, and sums of squared deviations from them.
+template <typename M, typename T> void moments(const M* z, const Shape& d, T* sum, T* square) {
+  means(d, sum);
+  if (!d.nhwc) return;
+  for (Index c = 0; c < d.channels; ++c) {
+    square[c] -= sum[c] * sum[c] * T(d.area);
+    sum[c] += z[c];
   }
 }
 
-template <typename M, typename T>
-void moments(const M* z, const Shape& d, Index c0, Index c1, T* mean, T* square) {
-  if (d.nhwc) return pixel_moments(z, d, c0, c1, mean, square);
-  for (Index c = c0; c < c1; ++c) row_moments(z + c * d.area, d.area, mean + c, square + c);
-}
+// ---- what is written to some rows of a sample ----
 
 enum class Add { kNothing, kOther, kScaledOther };
 enum class Act : Index { kNone, kRelu, kRelu6 };
@@ -230,7 +242,7 @@ enum class Act : Index { kNone, kRelu, kRelu6 };
 // out = (z - centre) * scale + offset, plus other (times gain), after an activation. NaN stays NaN.
 template <typename M, typename T, Add kAdd, Act kAct>
 void affine(const M* z, const M* other, M* out, const T* centre, const T* scale, const T* offset, const T* gain,
-            const M* next, const Shape& d, Index c0, Index c1) {
+            const M* next, const Shape& d, Rows rows) {
   auto make = [=](auto m, auto a, auto h, auto g) {
     return [=](Index at, Index c) {
       T y = (z[at] - m[c]) * a[c] + h[c];
@@ -241,13 +253,13 @@ void affine(const M* z, const M* other, M* out, const T* centre, const T* scale,
       out[at] = y;
     };
   };
-  for_elements(d, next, c0, c1, make, centre, scale, offset, gain);
+  for_elements(d, next, rows, make, centre, scale, offset, gain);
 }
 
 // g = grad where an activation, if there was one, let it through; sums of g * (z - centre) and of g, or of grad.
 template <typename M, typename T, Act kAct>
-void dots(const M* grad, const M* out, const M* z, M* g, const T* centre, T* dots, T* total, const Shape& d, Index c0,
-          Index c1) {
+void dots(const M* grad, const M* out, const M* z, M* g, const T* centre, T* dots, T* total, const Shape& d,
+          Rows rows) {
   auto make = [=](auto m) {
     return [=](Index at, Index c, T& dot, T& sum) {
       T d = grad[at], v = kAct != Act::kNone && !(out[at] > T(0)) ? T(0) : d;
@@ -257,17 +269,17 @@ void dots(const M* grad, const M* out, const M* z, M* g, const T* centre, T* dot
       sum += v;
     };
   };
-  sum_elements<true>(d, c0, c1, make, centre, dots, total);
+  sum_elements<true>(d, rows, make, centre, dots, total);
 }
 
 // dz = g * scale + (z - centre) * slope + shift
 template <typename M, typename T>
 void map_grad(const M* g, const M* z, M* dz, const T* scale, const T* centre, const T* slope, const T* shift,
-              const Shape& d, Index c0, Index c1) {
+              const Shape& d, Rows rows) {
   auto make = [=](auto a, auto m, auto s, auto h) {
     return [=](Index at, Index c) { dz[at] = g[at] * a[c] + (z[at] - m[c]) * s[c] + h[c]; };
   };
-  for_elements<M>(d, nullptr, c0, c1, make, scale, centre, slope, shift);
+  for_elements<M>(d, nullptr, rows, make, scale, centre, slope, shift);
 }
 
 }  // namespace

@@ -11,13 +11,13 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "_maps.h"
 
 namespace {
 
-constexpr Index kChannelBlock = 64;     // channels of an NHWC map that one thread sums at a time
 constexpr Index kWorthAThread = 32768;  // elements, PyTorch's own grain
 constexpr Index kCached = 1 << 20;      // elements of a sample that the caches still hold when its turn comes
 
@@ -116,29 +116,55 @@ void gains_of(const Weights<T>& w, const T* norm, const T* pooled, Index channel
   }
 }
 
-// ---- loops over samples and channels ----
+// ---- loops over samples and their rows ----
 
-// Calls body(i) for each i below count.
+// Calls body(i) for each i below count. A team smaller than PyTorch's would end the other threads: they get nothing.
 template <typename F> void in_parallel(const Shape& d, Index count, F body) {
-  Index threads = threads_for(d);
-  if (threads == 1) {  // entering a parallel region costs as much as a small map
+  Index threads = std::min(threads_for(d), count);
+  if (threads <= 1) {  // entering a parallel region costs as much as a small map
     for (Index i = 0; i < count; ++i) body(i);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
+  Index share = (count + threads - 1) / threads;
+#pragma omp parallel for schedule(static, share)
   for (Index i = 0; i < count; ++i) body(i);
 }
 
 template <typename F> void for_samples(const Shape& d, F body) { in_parallel(d, d.batch, body); }
 
-// Calls body(b, c0, c1) for every sample and range of channels, in parallel.
-template <typename F> void for_channels(const Shape& d, F body) {
-  Index width = d.batch >= d.threads ? d.channels : kChannelBlock;
-  Index blocks = (d.channels + width - 1) / width;
-  in_parallel(d, d.batch * blocks, [=](Index i) {
-    Index c0 = i % blocks * width;
-    body(i / blocks, c0, std::min(c0 + width, d.channels));
+// Into how many parts a sample's rows go, so that all threads get as many.
+Index parts_of(const Shape& d) {
+  Index threads = threads_for(d);
+  return d.batch >= threads ? 1 : threads / std::gcd(threads, d.batch);
+}
+
+// Calls body(b, part, rows) for all parts of all samples, in parallel.
+template <typename F> void for_parts(const Shape& d, F body) {
+  Index parts = parts_of(d), rows = d.rows();
+  in_parallel(d, d.batch * parts, [=](Index i) {
+    Index part = i % parts;
+    body(i / parts, part, Rows{rows * part / parts, rows * (part + 1) / parts});
   });
+}
+
+// Calls sum(b, rows, first, second) for all parts of all samples, in parallel. The sums are (B, C); those of some of an
+// NHWC map's pixels are added up in their order.
+template <typename T, typename F> void sum_parts(const Shape& d, T* first, T* second, F sum) {
+  Index parts = d.nhwc ? parts_of(d) : 1, channels = d.channels;
+  std::vector<T> own(parts > 1 ? 2 * d.batch * parts * channels : 0);
+  T* of_part = own.data();
+  for_parts(d, [=](Index b, Index part, Rows rows) {
+    T* at = of_part + 2 * (b * parts + part) * channels;
+    parts > 1 ? sum(b, rows, at, at + channels) : sum(b, rows, first + b * channels, second + b * channels);
+  });
+  if (parts == 1) return;
+  std::fill_n(first, d.batch * channels, T(0));
+  std::fill_n(second, d.batch * channels, T(0));
+  for (Index i = 0; i < d.batch * parts; ++i)
+    for (Index c = 0; c < channels; ++c) {
+      first[i / parts * channels + c] += of_part[2 * i * channels + c];
+      second[i / parts * channels + c] += of_part[(2 * i + 1) * channels + c];
+    }
 }
 
 template <typename T>
@@ -185,12 +211,12 @@ template <typename M, typename T, Add kAdd> auto affine_of(Act act) {
 
 template <typename M, typename T>
 void apply(const M* z, const Other<M, T>& other, M* out, const T* centre, const T* scale, const T* offset,
-           const T* gain, const M* next, const Shape& d, Index b, Index c0, Index c1, Act act) {
+           const T* gain, const M* next, const Shape& d, Index b, Rows rows, Act act) {
   Index at = b * d.channels * d.area, v = b * d.channels;
   const M* added = other.map ? other.map + at : nullptr;
   auto run = !other.map ? affine_of<M, T, Add::kNothing>(act)
              : other.mean ? affine_of<M, T, Add::kScaledOther>(act) : affine_of<M, T, Add::kOther>(act);
-  run(z + at, added, out + at, centre, scale + v, offset + v, gain, next, d, c0, c1);
+  run(z + at, added, out + at, centre, scale + v, offset + v, gain, next, d, rows);
 }
 
 enum class Read : Index { kNothing, kPool, kMoments };
@@ -199,18 +225,20 @@ enum class Read : Index { kNothing, kPool, kMoments };
 template <typename M, typename T>
 void forward(const Shape& d, const M* z, const Other<M, T>& other, M* out, const Weights<T>& w, T* mean, T* var,
              T* pooled, T* scale, T* offset, Read reading, Act act) {
-  Index channels = d.channels, vectors = d.batch * channels;
+  Index channels = d.channels, vectors = d.batch * channels, sample = channels * d.area;
+  if (reading == Read::kPool && !w.kernel) reading = Read::kNothing;
   std::unique_ptr<T[]> space(new T[3 * channels + (out ? 2 * vectors : 0)]);
   T *inverse = space.get(), *norm = inverse + channels, *gain = norm + channels;
   if (out) scale = gain + channels, offset = scale + vectors;
   T* square = offset;
   for (Index c = 0; c < channels; ++c) gain[c] = other.mean ? other.gain(c) : T(1);
-  auto read = [=](Index b, Index c0, Index c1) {
+  auto sum = [=](Index b, Rows rows, T* first, T* second) {
+    const M* map = z + b * sample;
+    reading == Read::kMoments ? sum_moments(map, d, rows, first, second) : sum_map(map, d, rows, first);
+  };
+  auto finish = [=](Index b) {
     Index v = b * channels;
-    if (reading == Read::kMoments)
-      moments(z + v * d.area, d, c0, c1, pooled + v, square + v);
-    else if (reading == Read::kPool && w.kernel)
-      pool(z + v * d.area, d, c0, c1, pooled + v);
+    reading == Read::kMoments ? moments(z + b * sample, d, pooled + v, square + v) : means(d, pooled + v);
   };
   auto gains = [=](Index b) {
     Index v = b * channels;
@@ -218,24 +246,30 @@ void forward(const Shape& d, const M* z, const Other<M, T>& other, M* out, const
     if (other.mean)
       for (Index c = 0; c < channels; ++c) offset[v + c] += other.shift(c, gain[c]);
   };
-  auto write = [=](const M* next, Index b, Index c0, Index c1) {
+  auto write = [=](const M* next, Index b, Rows rows) {
     const T* centre = centre_of(w, pooled, b * channels);
-    if (out) apply(z, other, out, centre, scale, offset, gain, next, d, b, c0, c1, act);
+    if (out) apply(z, other, out, centre, scale, offset, gain, next, d, b, rows, act);
   };
-  if (reading != Read::kMoments && d.batch >= d.threads) {  // a sample at a time: its second read is from the cache
+  if (reading != Read::kMoments && parts_of(d) == 1) {  // a sample at a time: its second read is from the cache
     norm_of(w, channels, inverse, norm);
-    Index sample = channels * d.area, asking = reading == Read::kPool && sample <= kCached ? d.batch - 1 : 0;
+    bool reads = reading == Read::kPool;
+    Index asking = reads && sample <= kCached ? d.batch - 1 : 0;
     for_samples(d, [=](Index b) {
-      read(b, 0, channels), gains(b);
-      write(b < asking ? z + (b + 1) * sample : nullptr, b, 0, channels);
+      Rows all{0, d.rows()};
+      if (reads) sum(b, all, pooled + b * channels, nullptr), finish(b);
+      gains(b);
+      write(b < asking ? z + (b + 1) * sample : nullptr, b, all);
     });
     return;
   }
-  for_channels(d, read);
+  if (reading != Read::kNothing) {
+    sum_parts(d, pooled, square, sum);
+    for_samples(d, finish);
+  }
   if (reading == Read::kMoments) batch_moments(d, pooled, square, mean, var);
   norm_of(w, channels, inverse, norm);
   for_samples(d, gains);
-  for_channels(d, [=](Index b, Index c0, Index c1) { write(nullptr, b, c0, c1); });
+  for_parts(d, [=](Index b, Index, Rows rows) { write(nullptr, b, rows); });
 }
 
 // From a sample's dots and total: the gradients of q and of the kernel; scale becomes what multiplies grad in that of
@@ -281,12 +315,12 @@ void backward(const Shape& d, const M* grad, const M* out, const M* z, M* g, M* 
   std::fill_n(slope, channels, T(0));
   std::fill_n(common, channels, T(0));
   norm_of(w, channels, inverse, norm);
-  auto sum = [=](Index b, Index c0, Index c1) {
-    Index v = b * channels, at = v * d.area;
+  auto sum = [=](Index b, Rows rows, T* first, T* second) {
+    Index at = b * channels * d.area;
     auto run = act == Act::kNone   ? dots<M, T, Act::kNone>
                : act == Act::kRelu ? dots<M, T, Act::kRelu> : dots<M, T, Act::kRelu6>;
-    const T* centre = centre_of(w, pooled, v);
-    run(grad + at, out ? out + at : nullptr, z + at, out ? g + at : nullptr, centre, dot + v, total + v, d, c0, c1);
+    const T* centre = centre_of(w, pooled, b * channels);
+    run(grad + at, out ? out + at : nullptr, z + at, out ? g + at : nullptr, centre, first, second, d, rows);
   };
   auto grads = [=](Index b) {
     Index v = b * channels;
@@ -300,18 +334,19 @@ void backward(const Shape& d, const M* grad, const M* out, const M* z, M* g, M* 
       shift[v] = (dq[v] * norm[c] - scale[v] * total[v]) / T(d.area) + common[c];
   };
   const M* masked = out ? g : grad;
-  auto write = [=](Index b, Index c0, Index c1) {
+  auto write = [=](Index b, Rows rows) {
     Index v = b * channels, at = v * d.area;
-    map_grad(masked + at, z + at, dz + at, scale + v, w.mean, slope, shift + v, d, c0, c1);
+    map_grad(masked + at, z + at, dz + at, scale + v, w.mean, slope, shift + v, d, rows);
   };
-  bool at_once = grad && !of_batch && d.batch >= d.threads;
+  bool at_once = grad && !of_batch && parts_of(d) == 1;
   if (at_once) {  // a sample at a time: its second read comes from the cache
     for_samples(d, [=](Index b) {
-      sum(b, 0, channels), grads(b);
-      if (dz) shift_of(b), write(b, 0, channels);
+      Rows all{0, d.rows()};
+      sum(b, all, dot + b * channels, total + b * channels), grads(b);
+      if (dz) shift_of(b), write(b, all);
     });
   } else {
-    if (grad) for_channels(d, sum);
+    if (grad) sum_parts(d, dot, total, sum);
     for_samples(d, grads);
   }
 
@@ -332,7 +367,7 @@ void backward(const Shape& d, const M* grad, const M* out, const M* z, M* g, M* 
       common[c] = T(-dmean[c] * norm[c] / count);
     }
   for_samples(d, shift_of);
-  if (dz) for_channels(d, write);
+  if (dz) for_parts(d, [=](Index b, Index, Rows rows) { write(b, rows); });
 }
 
 }  // namespace
