@@ -74,7 +74,9 @@ def main() -> None:
 
 def suffix_of(args: argparse.Namespace) -> str:
     """Return what the names of all cells of a run end with."""
-    return ("" if args.tail else f" {args.size}") + " bf16" * args.autocast + " kept" * args.keep_memory
+    of_network = "" if args.tail else f" {args.size}"
+    threads = f" {args.threads} threads" if args.threads > 1 else ""
+    return of_network + " bf16" * args.autocast + " kept" * args.keep_memory + threads
 
 
 def prepare(threads: int, memory_kept: bool) -> None:
