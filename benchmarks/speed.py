@@ -5,7 +5,8 @@ one's, round by round: the median with its quartiles, above 1 is faster than pla
 results file and not run again, so a run can be stopped and gone on with; --again measures anew. One process finds a
 system a few percent faster or slower than the next, by where its memory lies: --processes takes the rounds of several.
 With --keep-memory the process gives none back to the system, which otherwise hands out and zeroes the same pages in
-every call, 14,000 in a compiled ResNet-50's of eight images; such cells are called kept, those of --autocast bf16.
+every call, 14,000 in a compiled ResNet-50's of eight images; such cells are called kept, those of --autocast bf16,
+and those of more threads than one by their number.
 On a GPU calls are timed by events on its stream. The tails' cells also tell what they achieve of a copy's bandwidth.
 """
 

@@ -28,8 +28,9 @@ struct Rows {
 constexpr Index kPixels = 64;     // lines of an NHWC map that are summed before the sums are
 constexpr Index kWide = 512;      // elements of such a line, at most, where it is several pixels
 constexpr Index kAhead = 256;     // elements that may be on their way from memory at a time
-constexpr Index kLanes = 32;      // sums that one row of an NCHW map is added up in
-constexpr Index kLong = 256;      // elements of a row for which that pays
+constexpr Index kLanes = 32;      // sums that a long row of an NCHW map is added up in
+constexpr Index kFewLanes = 8;    // those of a short one, and of what is left
+constexpr Index kLong = 128;      // elements of a long row
 constexpr Index kLine = 64;       // bytes of a cache line
 
 // ---- elements ----
@@ -114,27 +115,27 @@ void for_elements(const Shape& d, const M* next, Rows rows, F make, const T*... 
       write_line(next, c * d.area + i, std::min(most, d.area - i), make(Everywhere<T>{vectors[c]}...));
 }
 
-// Adds terms of a long row, as many as fit, and returns how many. One sum of a kind would wait for itself from term to
-// term; here several are added in turn.
-template <typename T, typename F> Index sum_lanes(Index from, Index n, F add, T* first, T* second) {
-  T f[kLanes] = {}, s[kLanes] = {};
-  Index i = 0;
-  for (; i + kLanes <= n; i += kLanes)
+// Adds terms of a row, from its element i on, as many as fit, and returns where they end. One sum of a kind would wait
+// for itself from term to term; here several are added in turn.
+template <Index kSums, typename T, typename F>
+Index sum_lanes(Index from, Index i, Index n, F add, T& first, T& second) {
+  T f[kSums] = {}, s[kSums] = {};
+  for (; i + kSums <= n; i += kSums)
 #pragma omp simd
-    for (Index l = 0; l < kLanes; ++l) add(from + i + l, l, f[l], s[l]);
-  for (Index half = kLanes / 2; half; half /= 2)
+    for (Index l = 0; l < kSums; ++l) add(from + i + l, l, f[l], s[l]);
+  for (Index half = kSums / 2; half; half /= 2)
     for (Index l = 0; l < half; ++l) f[l] += f[l + half], s[l] += s[l + half];
-  *first = f[0];
-  *second = s[0];
+  first += f[0];
+  second += s[0];
   return i;
 }
 
 // Two sums over a row.
 template <typename T, typename F> void sum_row(Index from, Index n, F add, T* first, T* second) {
   T f = 0, s = 0;
-  Index done = n < kLong ? 0 : sum_lanes(from, n, add, &f, &s);
-#pragma omp simd reduction(+ : f, s)
-  for (Index i = done; i < n; ++i) add(from + i, 0, f, s);
+  Index i = n < kLong ? 0 : sum_lanes<kLanes>(from, 0, n, add, f, s);
+  i = sum_lanes<kFewLanes>(from, i, n, add, f, s);
+  for (; i < n; ++i) add(from + i, 0, f, s);
   *first = f;
   if (second) *second = s;
 }

@@ -1,5 +1,7 @@
 """The compiled passes of a fused tail: `_native.cpp`, built when the package is installed where there is a compiler.
 
+It is built twice, for AVX2 and for AVX-512, and the one is loaded that fits what PyTorch itself uses here.
+
 They are operators of PyTorch, `torch.ops.timm_eca`, registered through its stable C interface: a call of one takes a
 fraction of what Python would need to prepare it, which between two convolutions, with cold caches, is longer than a
 small tail takes. They run without the interpreter lock, with PyTorch's threads: the OpenMP runtime is the one that
@@ -56,6 +58,8 @@ _SCHEMAS = {
     "gains_backward": f"(Tensor dots, Tensor total, Tensor pooled, {_OF_ALL}, float eps, SymInt area, bool of_batch)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
+# The libraries that a processor takes, by the capability that PyTorch finds in it, best first.
+_LIBRARIES = {"AVX512": ("_native_avx512", "_native"), "AVX2": ("_native",)}
 _INTERFACE = 2  # as in _native.cpp; grows with each change of a schema
 # PyTorch's functions that the operators call, in the order in which `_torch.h` has them.
 _API = (
@@ -82,9 +86,13 @@ def _define() -> None:
 
 
 def _load() -> bool:
-    """Have PyTorch call the library for tensors on the CPU, and return whether it does."""
-    spec = find_spec(f"{__package__}._native")
-    if spec is None or spec.origin is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+    """Have PyTorch call a library for tensors on the CPU, and return whether it does."""
+    return any(map(_register, _LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ())))
+
+
+def _register(name: str) -> bool:
+    spec = find_spec(f"{__package__}.{name}")
+    if spec is None or spec.origin is None:
         return False
     try:
         library, pytorch = ctypes.CDLL(spec.origin), ctypes.CDLL(torch._C.__file__)
