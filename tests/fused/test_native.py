@@ -167,16 +167,11 @@ class TestBothLayouts:
         assert torch.equal(z, apart)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [3, 5], indirect=True)
 @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
 class TestMoreThreadsThanSamples:
     """A sample's rows are split, its channels or NHWC its pixels, and the sums of pixels added up."""
-
-    @pytest.fixture(params=[3, 5], ids=["3 threads", "5 threads"], autouse=True)
-    def threads(self, request):
-        before = torch.get_num_threads()
-        torch.set_num_threads(request.param)
-        yield
-        torch.set_num_threads(before)
 
     @DTYPES
     @OF_BATCH

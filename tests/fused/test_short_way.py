@@ -1,11 +1,6 @@
 """The short way to a tail by the compiled passes, and tensors that change between calls."""
 
 import copy
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -216,38 +211,3 @@ def test_gradient_of_a_class_of_its_own(relu):
         out.backward(torch.linspace(-2, 1, out.numel()).view_as(out).double().as_subclass(Labelled))
         found.append(x.grad.as_subclass(torch.Tensor))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
-
-
-@needs_library
-def test_pytorch_without_the_interface(monkeypatch):
-    monkeypatch.setattr(native, "_API", (*native._API[:-2], "no_such_function", native._API[-1]))
-    assert not native._load()
-
-
-@needs_library
-def test_library_built_before(monkeypatch):
-    monkeypatch.setattr(native, "_INTERFACE", native._INTERFACE + 1)
-    assert not native._load()
-
-
-def test_library_that_was_built_is_loaded():
-    libraries = native._LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ())
-    assert native.loaded() == any(find_spec(f"timm_eca.fused.{name}") for name in libraries)
-
-
-@needs_library
-def test_library_of_a_lesser_processor(tmp_path):
-    """Where that for AVX-512 is loaded, the other one is held to the same oracles."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("It is the one that all tests use here.")
-    tests = Path(__file__).with_name("test_native.py")
-    chosen = "TestNarrowMaps or TestLongRows or TestBothLayouts or TestMoreThreads or TestBFloat16"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", tests, "-k", chosen],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
-    assert "skipped" not in run.stdout
