@@ -43,6 +43,12 @@ def small(**kwargs) -> nn.Module:
     return create("resnet26", **{**SMALL, **kwargs})
 
 
+def short(**kwargs) -> nn.Module:
+    """The first blocks of a MobileNetV2, with and without a shortcut: for compilers, which take long over all."""
+    model = create("mobilenetv2_050", **{**ECA, **kwargs})
+    return nn.Sequential(model.conv_stem, model.bn1, model.blocks[:3])
+
+
 def plain_twin(model: nn.Module) -> nn.Module:
     return unfuse_(copy.deepcopy(model))
 

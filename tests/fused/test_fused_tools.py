@@ -9,7 +9,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_models import (
-    ECA,
     MODELS,
     assert_same,
     blocks_of,
@@ -17,6 +16,7 @@ from fused_models import (
     create,
     pixels,
     plain_twin,
+    short,
     small,
     step,
 )
@@ -92,7 +92,7 @@ class TestTools:
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
     @pytest.mark.parametrize("place", REPLACED)
     def test_compiled_block_gets_another_module(self, all_maps_large, place, train):
-        model = create("mobilenetv2_050", **ECA).double().train(train)
+        model = short().double().train(train)
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         compiled(pixels())
