@@ -1,4 +1,8 @@
-"""The tails of a network's residual blocks alone: norm, attention, addition and ReLU at the shapes the network has."""
+"""The tails of a network's residual blocks alone: norm, attention, addition and ReLU at the shapes the network has.
+
+In inference they begin with the norm before the block's last convolution, and its activation: this package's sums what
+it makes there, so that the tail need not read its map for the gate. The convolution between the two is left out.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,9 +13,12 @@ from measure import Timed, alternate
 from systems import create
 from torch import Tensor
 
-from timm_eca.fused import blocks, forward
+from timm_eca.fused import blocks, forward, pooled
 
 __all__ = ["time_tails"]
+
+Made = tuple[Tensor | None, Tensor]  # what the last convolution gets, and the block's output
+Tail = Callable[[Any, Tensor | None, Tensor, Tensor | None], Made]
 
 
 def time_tails(
@@ -25,7 +32,7 @@ def time_tails(
         block.to(device)
         maps_of = partial(random_maps, shapes, device, layout)
         calls = {name: step_of(tail, block, maps_of(), mode, compiled) for name, tail in TAILS.items()}
-        _, source, target = maps_of()
+        before, source, target = maps_of()
         calls["copy"] = partial(target.copy_, source)
         for call in calls.values():
             call()
@@ -34,19 +41,26 @@ def time_tails(
             taken = alternate(calls, rounds, warm_up=5, device=device)
         for name, own in taken.items():
             seconds[name] = [total + count * s for total, s in zip(seconds[name], own)]
-        moved["eca"] += count * passes_over_maps(block, mode) * source.nbytes
+        moved["eca"] += count * bytes_moved(block, mode, before.nbytes, source.nbytes)
         moved["copy"] += count * 2 * source.nbytes
     return Timed(seconds, moved)
 
 
-def passes_over_maps(block: Any, mode: str) -> int:
-    """Return how many maps of z's size are read or written by a tail that goes through z twice.
+def bytes_moved(block: Any, mode: str, before: int, own: int) -> int:
+    """Return what a tail has to read and write.
 
-    Forward z, z, the shortcut and the output; backward the gradient, z, the output and the gradient below the ReLU,
-    and then that, z and z's gradient.
+    In inference the map before the last convolution is read and written, and z, the shortcut and the output are moved
+    once. In training z is gone through twice: forward z, z, the shortcut and the output; backward the gradient, z, the
+    output and the gradient below the ReLU, and then that, z and z's gradient.
+
+    Args:
+        block: The block.
+        mode: "inference" or "training".
+        before: Bytes of the map before the last convolution.
+        own: Bytes of z.
     """
     adds, relu = getattr(block, "has_skip", True), block._rule.act is not None
-    return (3 + adds) + (5 + 2 * relu if mode == "training" else 0)
+    return 2 * before + (2 + adds) * own if mode == "inference" else (8 + adds + 2 * relu) * own
 
 
 def distinct_tails(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, list[torch.Size], int]]:
@@ -71,54 +85,72 @@ def distinct_tails(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, 
 
 
 def random_maps(shapes: list[torch.Size], device: str, layout: Any) -> list[Tensor]:
-    """Return u, z and the shortcut."""
+    """Return the map before the last convolution, before its norm, and z and the shortcut."""
     return [torch.randn(shape, device=device).contiguous(memory_format=layout) for shape in (*shapes, shapes[1])]
 
 
-def step_of(
-    tail: Callable[..., Tensor], block: Any, maps: list[Tensor], mode: str, compiled: bool
-) -> Callable[[], object]:
-    """Return one call of a tail, with its backward pass in training; the maps are u, z and the shortcut."""
+def step_of(tail: Tail, block: Any, maps: list[Tensor], mode: str, compiled: bool) -> Callable[[], object]:
+    """Return one call of a tail, in training with its backward pass and without the norm before."""
     training = mode == "training"
     block.train(training)
     adds = getattr(block, "has_skip", True)
-    u, z, shortcut = maps
+    before, z, shortcut = maps
+    added = shortcut if adds else None
     grad = torch.randn_like(z)
     call: Any = torch.compile(tail if training else in_place(tail), fullgraph=True) if compiled else tail
 
     def infer() -> None:
         with torch.no_grad():
-            call(block, u, z, shortcut if adds else None)
+            call(block, before, z, added)
 
     def train() -> None:
-        inputs = (z.detach().requires_grad_(), shortcut.detach().requires_grad_())
-        call(block, u, inputs[0], inputs[1] if adds else None).backward(grad)
+        leaf = z.detach().requires_grad_()
+        call(block, None, leaf, added if added is None else added.detach().requires_grad_())[1].backward(grad)
 
     return train if training else infer
 
 
-def in_place(tail: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A tail that writes where z was, as a compiler lets it in a network, where nothing else needs z."""
-    return lambda block, u, z, shortcut: z.copy_(tail(block, u, z, shortcut))
+def in_place(tail: Tail) -> Callable[..., None]:
+    """A tail that writes where its maps were, as a compiler lets it in a network, where nothing else needs them."""
+
+    def overwrite(block: Any, before: Tensor, z: Tensor, shortcut: Tensor | None) -> None:
+        for given, made in zip((before, z), tail(block, before, z, shortcut)):
+            if made is not given:
+                given.copy_(made)
+
+    return overwrite
 
 
-def plain(block: Any, u: Tensor, z: Tensor, shortcut: Tensor | None) -> Tensor:
+def plain(block: Any, before: Tensor | None, z: Tensor, shortcut: Tensor | None) -> Made:
     """What a backbone without attention computes, as timm's blocks do."""
-    return finish(block, getattr(block, block._rule.norm)(z), shortcut)
+    return norm_before(block, before), finish(block, getattr(block, block._rule.norm)(z), shortcut)
 
 
-def eca(block: Any, u: Tensor, z: Tensor, shortcut: Tensor | None) -> Tensor:
+def eca(block: Any, before: Tensor | None, z: Tensor, shortcut: Tensor | None) -> Made:
     """The same with ECA, operation by operation."""
     rule = block._rule
-    return finish(block, getattr(block, rule.attn)(getattr(block, rule.norm)(z)), shortcut)
+    return norm_before(block, before), finish(block, getattr(block, rule.attn)(getattr(block, rule.norm)(z)), shortcut)
 
 
-def fused(block: Any, u: Tensor, z: Tensor, shortcut: Tensor | None) -> Tensor:
+def fused(block: Any, before: Tensor | None, z: Tensor, shortcut: Tensor | None) -> Made:
     """The same at once."""
     compiling = torch.compiler.is_compiling()
     parts = (blocks._graph_parts if compiling else blocks._fitting_parts)(block, z)  # the looking is part of the price
     tail = forward.compiled_tail if compiling else forward.eager_tail
-    return tail(parts, z, shortcut, forward.mean_before(parts, u) if parts.pools else None)
+    if before is None:
+        return None, tail(parts, z, shortcut, None)
+    norm = pooled.SummedNorm(parts.norms[-1], parts.conv, pooled.graph_pool if compiling else pooled.compiled_pool)
+    return norm(before), tail(parts, z, shortcut, norm.pooled)
+
+
+def norm_before(block: Any, x: Tensor | None) -> Tensor | None:
+    """Return what the norm before the last convolution, and its activation, make of a map, if one is given."""
+    if x is None:
+        return None
+    rule = block._rule.inner[-1]
+    for name in [rule.norm] if rule.is_own else [rule.norm, rule.drop, rule.act]:
+        x = x if name is None else getattr(block, name)(x)
+    return x
 
 
 def finish(block: Any, x: Tensor, shortcut: Tensor | None) -> Tensor:

@@ -150,8 +150,9 @@ def fused_calls(monkeypatch):
 
 @pytest.fixture
 def all_maps_large(monkeypatch):
-    """Have operators in compiled training on maps so small that it does not pay."""
+    """Have operators in compiled models on maps so small that it does not pay."""
     monkeypatch.setattr("timm_eca.fused.tail._SMALL", 0)
+    monkeypatch.setattr("timm_eca.fused.tail._SMALL_INFERENCE", 0)
 
 
 @pytest.fixture(params=["native", "gpu", "passes"])

@@ -39,13 +39,13 @@ def test_a_cell_of_speed(repository, tmp_path, monkeypatch, capsys):
     assert re.search(r"\| \d+\.\d of \d+\.\d \|$", shown, re.MULTILINE)
 
 
-def test_maps_that_a_tail_moves(repository, monkeypatch):
+def test_bytes_that_a_tail_moves(repository, monkeypatch):
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     tails = runpy.run_path(str(repository / "benchmarks" / "tails.py"))
-    for name, inference, training in (("resnet18", {4}, {11}), ("mobilenetv2_100", {3, 4}, {8, 9})):
+    for name, inference, training in (("resnet18", {32}, {110}), ("mobilenetv2_100", {22, 32}, {80, 90})):
         found = [block for block, *_ in tails["distinct_tails"](name, 1, 32)]
-        assert {tails["passes_over_maps"](block, "inference") for block in found} == inference
-        assert {tails["passes_over_maps"](block, "training") for block in found} == training
+        assert {tails["bytes_moved"](block, "inference", 1, 10) for block in found} == inference
+        assert {tails["bytes_moved"](block, "training", 1, 10) for block in found} == training
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

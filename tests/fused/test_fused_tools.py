@@ -24,6 +24,8 @@ from fused_models import (
 REPLACED = {
     "gate": lambda block: setattr(block.attn_last, "gate", nn.Tanh()),
     "drop path": lambda block: setattr(block, "drop_path", DropPath(0.5)),
+    "activation inside": lambda block: setattr(getattr(block, block._rule.inner[-1].norm), "act", nn.ReLU()),
+    "last of the first half": lambda block: setattr(block, "se", nn.Tanh()),
     "norm": lambda block: setattr(block, block._rule.norm, freeze_batch_norm_2d(getattr(block, block._rule.norm))),
 }
 
@@ -69,6 +71,7 @@ class TestTools:
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
     def test_compile(self, monkeypatch, train, small_maps):
         monkeypatch.setattr("timm_eca.fused.tail._SMALL", small_maps)
+        monkeypatch.setattr("timm_eca.fused.tail._SMALL_INFERENCE", small_maps)
         model = small(layers=(1, 2)[:1] * 3 + (2,)).double().train(train)
         plain = plain_twin(model)
         torch._dynamo.reset()

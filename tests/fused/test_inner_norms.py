@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from fused_models import ECA, MODELS, SMALL, blocks_of, check_step, create, pixels, plain_twin, small, step
-from timm_eca.fused import native, norms
+from timm_eca.fused import blocks, native, norms
 from timm_eca.fused.eligible import find_parts
 
 needs_library = pytest.mark.skipif(not native.loaded(), reason="the compiled passes are not built here")
@@ -30,8 +30,14 @@ def at_once(monkeypatch):
         made.extend([norm.module] if out is not None else [])
         return out
 
-    compiled_norm = norms.compiled_norm
+    def watched_pool(norm, conv, z):
+        pooled = compiled_pool(norm, conv, z)
+        made.extend([norm.norm.module] if pooled is not None else [])
+        return pooled
+
+    compiled_norm, compiled_pool = norms.compiled_norm, blocks.compiled_pool
     monkeypatch.setattr(norms, "compiled_norm", watched)
+    monkeypatch.setattr(blocks, "compiled_pool", watched_pool)
     return made
 
 

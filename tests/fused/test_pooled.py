@@ -7,8 +7,8 @@ from torch import nn
 
 from fused_models import pixels
 from timm_eca import fuse_
-from timm_eca.fused import forward, pooled
-from timm_eca.fused.pooled import pooled_before
+from timm_eca.fused import blocks, forward, pooled
+from timm_eca.fused.pooled import compiled_pool, pooled_before
 from timm_eca.layers import EcaLayer
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -30,7 +30,13 @@ def found(monkeypatch):
         found.append(pooled_before(conv, u))
         return found[-1]
 
+    def watch_norm(norm, conv, z):
+        mean = compiled_pool(norm, conv, z)
+        found.extend([] if mean is None else [mean])
+        return mean
+
     monkeypatch.setattr(forward, "pooled_before", watch)
+    monkeypatch.setattr(blocks, "compiled_pool", watch_norm)
     return found
 
 

@@ -175,23 +175,23 @@ void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
 }
 
 // One or two sums of some rows' elements, for each channel: add(at, c, first, second) adds an element's terms.
-// make(vector) returns it. The sums of pixels begin at zero, those of channels are all that there are.
-template <bool kTwo, typename T, typename F>
-void sum_elements(const Shape& d, Rows rows, F make, const T* vector, T* first, T* second) {
+// make(vectors...) returns it. The sums of pixels begin at zero, those of channels are all that there are.
+template <bool kTwo, typename T, typename F, typename... V>
+void sum_elements(const Shape& d, Rows rows, F make, T* first, T* second, const V*... vectors) {
   if (d.nhwc) {
     Grid grid(d.channels, rows);
-    sum_pixels<kTwo>(grid, rows.from * d.channels, make(Repeated<T>(vector, grid).data), first, second);
+    sum_pixels<kTwo>(grid, rows.from * d.channels, make(Repeated<V>(vectors, grid).data...), first, second);
   } else {
     for (Index c = rows.from; c < rows.to; ++c)
-      sum_row(c * d.area, d.area, make(Everywhere<T>{vector[c]}), first + c, kTwo ? second + c : nullptr);
+      sum_row(c * d.area, d.area, make(Everywhere<V>{vectors[c]}...), first + c, kTwo ? second + c : nullptr);
   }
 }
 
 // ---- passes over some rows of a sample ----
 
 template <typename M, typename T> void sum_map(const M* z, const Shape& d, Rows rows, T* sum) {
-  auto make = [=](auto) { return [=](Index at, Index, T& sum, T&) { sum += z[at]; }; };
-  sum_elements<false>(d, rows, make, sum, sum, sum);  // no vector is needed, and one sum
+  auto make = [=] { return [=](Index at, Index, T& sum, T&) { sum += z[at]; }; };
+  sum_elements<false>(d, rows, make, sum, sum);
 }
 
 // Sum of a row, and of squared deviations from its mean: squares of large means would cancel.
@@ -216,7 +216,7 @@ template <typename M, typename T> void sum_moments(const M* z, const Shape& d, R
       squares += v * v;
     };
   };
-  sum_elements<true>(d, rows, make, pixel.data(), sum, square);
+  sum_elements<true>(d, rows, make, sum, square, pixel.data());
 }
 
 // ---- what sums of a sample's rows become ----
@@ -240,7 +240,13 @@ template <typename M, typename T> void moments(const M* z, const Shape& d, T* su
 enum class Add { kNothing, kOther, kScaledOther };
 enum class Act : Index { kNone, kRelu, kRelu6 };
 
-// out = (z - centre) * scale + offset, plus other (times gain), after an activation. NaN stays NaN.
+// What an activation makes of an element. NaN stays NaN.
+template <Act kAct, typename T> T activated(T y) {
+  if (kAct != Act::kNone) y = y < T(0) ? T(0) : y;
+  return kAct == Act::kRelu6 && y > T(6) ? T(6) : y;
+}
+
+// out = (z - centre) * scale + offset, plus other (times gain), after an activation.
 template <typename M, typename T, Add kAdd, Act kAct>
 void affine(const M* z, const M* other, M* out, const T* centre, const T* scale, const T* offset, const T* gain,
             const M* next, const Shape& d, Rows rows) {
@@ -249,12 +255,23 @@ void affine(const M* z, const M* other, M* out, const T* centre, const T* scale,
       T y = (z[at] - m[c]) * a[c] + h[c];
       if (kAdd == Add::kOther) y += other[at];
       if (kAdd == Add::kScaledOther) y += other[at] * g[c];
-      if (kAct != Act::kNone) y = y < T(0) ? T(0) : y;
-      if (kAct == Act::kRelu6) y = y > T(6) ? T(6) : y;
-      out[at] = y;
+      out[at] = activated<kAct>(y);
     };
   };
   for_elements(d, next, rows, make, centre, scale, offset, gain);
+}
+
+// The same of z alone, in its place, and the sums of what is written.
+template <typename M, typename T, Act kAct>
+void affine_sums(M* z, const T* centre, const T* scale, const T* offset, T* sum, const Shape& d, Rows rows) {
+  auto make = [=](auto m, auto a, auto h) {
+    return [=](Index at, Index c, T& sum, T&) {
+      T y = activated<kAct>((z[at] - m[c]) * a[c] + h[c]);
+      z[at] = y;
+      sum += y;
+    };
+  };
+  sum_elements<false>(d, rows, make, sum, sum, centre, scale, offset);
 }
 
 // g = grad where an activation, if there was one, let it through; sums of g * (z - centre) and of g, or of grad.
@@ -270,7 +287,7 @@ void dots(const M* grad, const M* out, const M* z, M* g, const T* centre, T* dot
       sum += v;
     };
   };
-  sum_elements<true>(d, rows, make, centre, dots, total);
+  sum_elements<true>(d, rows, make, dots, total, centre);
 }
 
 // dz = g * scale + (z - centre) * slope + shift

@@ -163,14 +163,58 @@ void infer(Value* stack, std::uint64_t, std::uint64_t) {
   }));
 }
 
-// In a graph, whose maps may be laid out as a compiler has chosen.
-void graph_infer(Value* stack, std::uint64_t arguments, std::uint64_t) {
+// Runs an operator in a graph, whose maps may be laid out as a compiler has chosen, on one that it takes.
+template <typename F> void on_dense(Value* stack, const char* refusal, F run) {
   Tensor z = Tensor(reinterpret_cast<Handle>(stack[0])), dense = is_map(z) ? z.same() : z.to(z.dtype());
   bool apart = dense.data<void>() != z.data<void>();
   stack[0] = reinterpret_cast<Value>(dense.same().release());
-  infer(stack, arguments, 1);
-  if (!Stack(stack).flag()) throw std::runtime_error("timm_eca::graph_infer_ takes float32, float64 and bfloat16.");
+  if (!run()) throw std::runtime_error(refusal);
   if (apart) z.copy(dense);
+}
+
+void graph_infer(Value* stack, std::uint64_t arguments, std::uint64_t) {
+  on_dense(stack, "timm_eca::graph_infer_ takes float32, float64 and bfloat16.", [=] {
+    infer(stack, arguments, 1);
+    return Stack(stack).flag();
+  });
+}
+
+// In place. Returns the mean of what the convolution after it makes, or nothing where such tensors are not taken.
+void norm_pool(Value* stack, std::uint64_t, std::uint64_t) {
+  Stack s(stack);
+  Tensor z = s.tensor();
+  Vectors own;
+  for (Tensor* t : {&own.gamma, &own.beta, &own.mean, &own.var}) *t = s.optional();
+  double eps = s.number();
+  Act act = Act(s.integer());
+  Tensor weight = s.tensor(), bias = s.optional(), pooled;
+  by_type(z, [&](auto m, auto t) {
+    using M = decltype(m);
+    using T = decltype(t);
+    if (!is_map(z) || weight.dtype() != z.dtype() || z.dtype() != kType<T> || weight.dim() != 4) return false;
+    Shape d = shape_of(z);
+    const Index* sizes = weight.sizes();
+    Index made = sizes[0], size = sizes[2];
+    if (sizes[1] != d.channels || sizes[3] != size || (size != 1 && size != 3)) return false;
+    if (!own.fit<M, T>(d) || !own.mean || !own.var || !is_vector<M, T>(bias, made)) return false;
+    bool nhwc = is_nhwc(weight);
+    if (!nhwc && !is_nchw(weight)) return false;
+    pooled = Tensor::empty({d.batch, made}, kType<T>);
+    Conv<T> conv{weight.data<T>(), elements<T>(bias), made, size, z.sizes()[3], nhwc};
+    norm_pool(d, z.data<M>(), own.weights<T>(eps), conv, pooled.data<T>(), act);
+    return true;
+  });
+  s.give_or_empty(std::move(pooled), z.dtype());
+}
+
+void graph_norm_pool(Value* stack, std::uint64_t arguments, std::uint64_t) {
+  on_dense(stack, "timm_eca::graph_norm_pool_ takes float32 or float64, and weights of that type.", [=] {
+    norm_pool(stack, arguments, 1);
+    Tensor pooled = Stack(stack).tensor();
+    bool taken = pooled.numel();
+    stack[0] = reinterpret_cast<Value>(pooled.release());
+    return taken;
+  });
 }
 
 void tail(Value* stack, std::uint64_t, std::uint64_t) {
@@ -294,7 +338,7 @@ void gains_backward(Value* stack, std::uint64_t, std::uint64_t) {
 }  // namespace
 
 // What native.py's schemas are to be: the same number is there, and grows with each change of what operators take.
-extern "C" int timm_eca_interface() { return 2; }
+extern "C" int timm_eca_interface() { return 3; }
 
 // Makes the operators' kernels known to PyTorch, which has their schemas. Returns whether it took them.
 extern "C" bool timm_eca_register(const Api* found) {
@@ -302,7 +346,8 @@ extern "C" bool timm_eca_register(const Api* found) {
   void* library;  // stays: PyTorch forgets the kernels when it goes
   if (api.init_impl("timm_eca", "CPU", "_native.cpp", 0, &library)) return false;
   struct { const char* name; Kernel kernel; } operators[] = {
-      {"infer_", infer}, {"graph_infer_", graph_infer}, {"tail", tail}, {"tail_backward", tail_backward},
+      {"infer_", infer}, {"graph_infer_", graph_infer}, {"norm_pool_", norm_pool},
+      {"graph_norm_pool_", graph_norm_pool}, {"tail", tail}, {"tail_backward", tail_backward},
       {"gains", gains}, {"gains_backward", gains_backward}};
   for (auto& own : operators)
     if (api.library_impl(library, own.name, own.kernel)) return false;

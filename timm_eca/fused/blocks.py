@@ -11,6 +11,7 @@ from ..gating import gated_class
 from .eligible import Parts, find_parts, graph_parts, is_eca, unwatched
 from .forward import compiled_tail, eager_tail, fused_forward
 from .halves import Halves, NormRule, TailRule, halves_of
+from .pooled import compiled_pool, graph_pool
 
 __all__ = ["fuse_", "fuse_blocks_", "unfuse_"]
 
@@ -18,6 +19,7 @@ _ModelT = TypeVar("_ModelT", bound=nn.Module)
 
 _RESNET = frozenset({"drop_path", "downsample"})
 _MBCONV = frozenset({"drop_path", "has_skip"})
+_BLUR, _BLUR_SE = ("aa",), ("aa", "se")
 _BASIC = (NormRule("conv1", "bn1", "drop_block", "act1"),)
 _BOTTLENECK = (NormRule("conv1", "bn1", None, "act1"), NormRule("conv2", "bn2", "drop_block", "act2"))
 _SEPARABLE = (NormRule("conv_dw", "bn1", "bn1.drop", "bn1.act"),)
@@ -28,11 +30,16 @@ _INVERTED = (
 )
 
 RULES = {
-    "resnet:BasicBlock": TailRule("conv2", "bn2", "se", "act2", _RESNET, _BASIC),
-    "resnet:Bottleneck": TailRule("conv3", "bn3", "se", "act3", _RESNET, _BOTTLENECK),
-    "_efficientnet_blocks:DepthwiseSeparableConv": TailRule("conv_pw", "bn2", "attn_last", None, _MBCONV, _SEPARABLE),
-    "_efficientnet_blocks:EdgeResidual": TailRule("conv_pwl", "bn2", "attn_last", None, _MBCONV, _EDGE),
-    "_efficientnet_blocks:InvertedResidual": TailRule("conv_pwl", "bn3", "attn_last", None, _MBCONV, _INVERTED),
+    "resnet:BasicBlock": TailRule("conv2", "bn2", "se", "act2", _RESNET, _BASIC, _BLUR),
+    "resnet:Bottleneck": TailRule("conv3", "bn3", "se", "act3", _RESNET, _BOTTLENECK, _BLUR),
+    **{
+        f"_efficientnet_blocks:{name}": TailRule(conv, norm, "attn_last", None, _MBCONV, inner, _BLUR_SE)
+        for name, conv, norm, inner in (
+            ("DepthwiseSeparableConv", "conv_pw", "bn2", _SEPARABLE),
+            ("EdgeResidual", "conv_pwl", "bn2", _EDGE),
+            ("InvertedResidual", "conv_pwl", "bn3", _INVERTED),
+        )
+    },
 }
 """What the tail of a block consists of, by timm's `module:Class`."""
 
@@ -55,7 +62,9 @@ class FusedBlock(nn.Module):
         parts = _graph_parts(self, *args) if compiling else _fitting_parts(self, *args)
         if parts is None:
             return super().__call__(*args)
-        return fused_forward(self, parts, *args, compiled_tail if compiling else eager_tail)
+        if compiling:
+            return fused_forward(self, parts, *args, compiled_tail, graph_pool)
+        return fused_forward(self, parts, *args, eager_tail, compiled_pool)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         plain = plain_class(type(self))

@@ -30,8 +30,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from ..layers import EcaLayer
 from .formula import Act
 from .halves import NormRule, TailRule
-from .norms import InnerNorm, NormPart
-from .pooled import may_pool
+from .norms import GraphNorm, InnerNorm, NormPart
+from .pooled import commutes, may_pool
 
 __all__ = ["Parts", "find_parts", "graph_parts", "is_eca", "map_fits", "unwatched"]
 
@@ -74,7 +74,8 @@ class Parts:
         act: The activation after the addition, None where there is none.
         relu: Whether that is ReLU.
         short: Whether there is no downsample, and the gate is the one that the compiled passes take.
-        pools: Whether the mean of the convolution's map may be worth having before the map.
+        pools: Whether the mean of the convolution's map may be worth having from what it gets.
+        sums: Whether the last norm before the convolution may have it, by what it makes.
         inner: The norms before that convolution, if each can be computed with its activation, else none.
         norms: Those of them that nobody listens to: all, or none.
         children: Of modules that have any: the dictionary of their children, and who was in it.
@@ -97,7 +98,8 @@ class Parts:
     act: Any
     relu: bool
     short: bool = False
-    pools: bool = True
+    pools: bool = False
+    sums: bool = False
     inner: tuple[InnerNorm, ...] = ()
     norms: tuple[InnerNorm, ...] = ()
     children: tuple[tuple[dict[str, Any], list[Any]], ...] = ()
@@ -150,6 +152,9 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
     shortcut = () if last is None else (downsample, last)
     tail = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act, *shortcut) if m is not None]
     inner, inside = _inner_norms(block, rule)
+    between = [m for m in (getattr(block, name) for name in rule.between) if m is not None]
+    nothing = all(type(m) in _NOTHING for m in between)
+    inside += between if nothing else []
     norms = [_norm_part(m) for m in (norm, last) if m is not None]
     norms += [part.norm for part in inner]
     return Parts(
@@ -165,6 +170,7 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         relu=type(act) is nn.ReLU,
         short=downsample is None and type(attn.gate) in _SIGMOIDS,
         pools=may_pool(conv),
+        sums=nothing and commutes(conv),
         inner=inner,
         children=tuple((m._modules, [*m._modules.values()]) for m in (*tail, *inside) if m._modules),
         affines=tuple(part.affine for part in norms),
@@ -186,6 +192,9 @@ class Facts(NamedTuple):
     sigmoid: bool = False
     shortcut_norm: bool = False
     shortcut_frozen: bool = False
+    acts: tuple[Act, ...] = ()
+    frozen_inside: tuple[bool, ...] = ()
+    sums: bool = False
 
 
 @torch.compiler.assume_constant_result
@@ -200,6 +209,9 @@ def _facts(block: Any) -> Facts:
         sigmoid=parts.gate is torch.sigmoid,
         shortcut_norm=last is not None,
         shortcut_frozen=last is not None and last.frozen,
+        acts=tuple(norm.act for norm in parts.norms),
+        frozen_inside=tuple(norm.norm.frozen for norm in parts.norms),
+        sums=parts.sums,
     )
 
 
@@ -227,6 +239,8 @@ def graph_parts(block: Any, rule: TailRule) -> Parts | None:
         shortcut_norm=_norm_now(downsample[-1], facts.shortcut_frozen) if facts.shortcut_norm else None,
         act=act,
         relu=type(act) is nn.ReLU,
+        norms=_norms_now(modules, rule, facts),
+        sums=facts.sums,
     )
 
 
@@ -319,6 +333,18 @@ def _norm_part(norm: Any) -> NormPart:
 
 def _norm_now(norm: Any, frozen: bool) -> NormPart:
     return NormPart(norm, frozen, _now(norm, "weight", "bias"), _now(norm, "running_mean", "running_var"))
+
+
+def _norms_now(modules: dict[str, Any], rule: TailRule, facts: Facts) -> tuple[GraphNorm, ...]:
+    """Return the norms of a first half for a graph."""
+    found = []
+    for norm, act, frozen in zip(rule.inner, facts.acts, facts.frozen_inside):
+        own = modules[norm.norm]
+        rest = [] if norm.is_own else [modules[name] for name in (norm.drop, norm.act) if name is not None]
+        beside = rest or [own._modules["drop"], own._modules["act"]]
+        assert all(isinstance(module, nn.Module) for module in beside)  # so that their classes are guarded
+        found.append(GraphNorm(_norm_now(own, frozen), act, (own, *rest)))
+    return tuple(found)
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:

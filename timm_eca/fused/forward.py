@@ -10,13 +10,15 @@ from . import native
 from .eligible import Parts, map_fits
 from .formula import Act, Moments, Norm, TailWeights
 from .norms import compiled_norm
-from .pooled import pooled_before
+from .pooled import PoolOf, SummedNorm, pooled_before
 from .tail import fused_tail, graph_tail
 
-__all__ = ["compiled_tail", "eager_tail", "fused_forward", "mean_before"]
+__all__ = ["compiled_tail", "eager_tail", "fused_forward"]
+
+TailOf = Callable[[Parts, Tensor, Tensor, Tensor | None], Tensor | None]
 
 
-def fused_forward(block: Any, parts: Parts, x: Tensor, tail_of: Callable[..., Tensor | None]) -> Tensor:
+def fused_forward(block: Any, parts: Parts, x: Tensor, tail_of: TailOf, pool_of: PoolOf) -> Tensor:
     """Compute a block's forward with its tail at once, where its maps allow that.
 
     Args:
@@ -24,18 +26,21 @@ def fused_forward(block: Any, parts: Parts, x: Tensor, tail_of: Callable[..., Te
         parts: The modules of its tail.
         x: Its input.
         tail_of: What computes the tail: `eager_tail`, or in a graph `compiled_tail`.
+        pool_of: What the norm before the last convolution sums its map by: `compiled_pool`, or in a graph `graph_pool`.
     """
-    halves = block._halves
-    u, shortcut = halves.normed_head(block, x, parts.norms) if parts.norms else halves.head(block, x)
-    pooled = mean_before(parts, u) if parts.pools else None
+    halves, pooled = block._halves, None
+    given = not (torch.is_grad_enabled() or parts.norm.of_batch)
+    if parts.norms and parts.sums and given:
+        summed = SummedNorm(parts.norms[-1], parts.conv, pool_of)
+        u, shortcut = halves.normed_head(block, x, (*parts.norms[:-1], summed))
+        pooled = summed.pooled
+    else:
+        u, shortcut = halves.normed_head(block, x, parts.norms) if parts.norms else halves.head(block, x)
+    if pooled is None and parts.pools and given:
+        pooled = pooled_before(parts.conv, u)
     z = parts.conv(u)
     out = tail_of(parts, z, shortcut, pooled)
     return halves.tail(block, z, shortcut) if out is None else out
-
-
-def mean_before(parts: Parts, u: Tensor) -> Tensor | None:
-    """Return the mean of the map that the last convolution is about to make, where it is known by then."""
-    return None if torch.is_grad_enabled() or parts.norm.of_batch else pooled_before(parts.conv, u)
 
 
 def eager_tail(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None) -> Tensor | None:

@@ -48,6 +48,7 @@ class TailRule(NamedTuple):
         act: The activation after the addition, None where there is none.
         rest: What else the second half uses.
         inner: The norms of the first half.
+        between: What may be between the last of them and the convolution.
     """
 
     conv: str
@@ -56,6 +57,7 @@ class TailRule(NamedTuple):
     act: str | None
     rest: frozenset[str]
     inner: tuple[NormRule, ...]
+    between: tuple[str, ...]
 
     @property
     def names(self) -> set[str]:
@@ -110,7 +112,10 @@ def _normed(head: list[ast.stmt], rule: TailRule) -> list[ast.stmt] | None:
         if steps not in source:
             return None
         source = source.replace(steps, f"{conv}\nx = norms[{i}](x)")
-    return ast.parse(source).body
+    calls = (f"x = self.{name}(x)" for name in rule.between)
+    known = {step for call in calls for step in (call, f"if {call.split()[2][:-3]} is not None:\n    {call}")}
+    after = ast.parse(source.partition(f"x = norms[{len(rule.inner) - 1}](x)")[2]).body
+    return ast.parse(source).body if known.issuperset(map(ast.unparse, after)) else None
 
 
 def _own_names(node: ast.AST) -> set[str]:

@@ -26,7 +26,9 @@ __all__ = [
     "gradients_of",
     "infer",
     "loaded",
+    "norm_pool",
     "takes",
+    "takes_conv",
     "train",
 ]
 
@@ -42,10 +44,18 @@ _OF_INFERENCE = (
     f"(Tensor(a!) z, Tensor? shortcut, {_OF_ALL}, Tensor? pooled, Tensor? shortcut_weight, Tensor? shortcut_bias,"
     " Tensor? shortcut_mean, Tensor? shortcut_var, float eps, float shortcut_eps, int act)"
 )
+_OF_NORM = (
+    "(Tensor(a!) z, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, int act, Tensor conv_weight,"
+    " Tensor? conv_bias)"
+)
 _SCHEMAS = {
     # In place, by given moments. False where the passes do not take such tensors; in a graph that is an error.
     "infer_": f"{_OF_INFERENCE} -> bool",
     "graph_infer_": f"{_OF_INFERENCE} -> ()",
+    # A norm and its activation in place of z. Returns the mean of what the convolution after it makes, or nothing where
+    # the passes do not take such tensors; in a graph that is an error.
+    "norm_pool_": f"{_OF_NORM} -> Tensor",
+    "graph_norm_pool_": f"{_OF_NORM} -> Tensor",
     # Without moments, by the batch's, which the running ones are updated by; a factor of nan is 1 / seen. Returns
     # whether such tensors are taken, the result, z pooled, and the batch's moments.
     "tail": f"(Tensor(a!) z, Tensor? shortcut, {_OF_ALL}, Tensor(b!)? running_mean, Tensor(c!)? running_var,"
@@ -58,9 +68,10 @@ _SCHEMAS = {
     "gains_backward": f"(Tensor dots, Tensor total, Tensor pooled, {_OF_ALL}, float eps, SymInt area, bool of_batch)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
+_INPLACE = ("infer_", "graph_infer_", "norm_pool_", "graph_norm_pool_")
 # The libraries that a processor takes, by the capability that PyTorch finds in it, best first.
 _LIBRARIES = {"AVX512": ("_native_avx512", "_native"), "AVX2": ("_native",)}
-_INTERFACE = 2  # as in _native.cpp; grows with each change of a schema
+_INTERFACE = 3  # as in _native.cpp; grows with each change of a schema
 # PyTorch's functions that the operators call, in the order in which `_torch.h` has them.
 _API = (
     "aoti_torch_library_init_impl",
@@ -81,7 +92,7 @@ _API = (
 def _define() -> None:
     for name, schema in _SCHEMAS.items():  # the maps come in whatever layout a compiler has chosen for them
         torch.library.define(f"timm_eca::{name}", schema, tags=(torch.Tag.flexible_layout,))
-    for name in ("infer_", "graph_infer_", "tail", "tail_backward"):  # a gradient of them is what tail.py is for
+    for name in (*_INPLACE, "tail", "tail_backward"):  # a gradient of them is what tail.py is for
         torch.library.impl(f"timm_eca::{name}", "Autograd", torch.library.fallthrough_kernel)
 
 
@@ -114,7 +125,8 @@ else:
     _loaded = torch._C._dispatch_has_kernel_for_dispatch_key("timm_eca::tail", "CPU")
 # What is called: without the looks that operators in Python's hands need.
 _operators = torch.ops.timm_eca
-_infer, _tail = _operators.infer_.default._op, _operators.tail.default._op
+_infer, _norm_pool = _operators.infer_.default._op, _operators.norm_pool_.default._op
+_tail = _operators.tail.default._op
 _tail_backward = _operators.tail_backward.default._op
 
 
@@ -134,6 +146,17 @@ def takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
     if not all(t is None or (t.dtype in given and t.is_cpu) for t in vectors) or not are_plain((shortcut, *vectors)):
         return False
     return shortcut is None or (shortcut.dtype == dtype and shortcut.is_cpu and shortcut.shape == z.shape)
+
+
+def takes_conv(z: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
+    """Whether `norm_pool` takes a map, a convolution's weights, and a norm. Graphs are told before there are any."""
+    tensors = (weight, bias, *norm[:4])
+    return (
+        _loaded
+        and z.is_cpu
+        and all(t is None or (t.dtype == z.dtype and t.is_cpu) for t in tensors)
+        and are_plain(tensors)
+    )
 
 
 def forward(
@@ -185,6 +208,31 @@ def infer(
         return _infer(z, shortcut, *vectors, pooled, weight, bias, mean, var, eps, shortcut_eps, act)
     except NotImplementedError:  # tensors of several devices, of which others have a better word to say
         return False
+
+
+def norm_pool(
+    z: Tensor, vectors: tuple[Tensor | None, ...], eps: float, act: int, weight: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """Put a norm by given moments and its activation in the place of z, and return what is known then of the next map.
+
+    That is the mean (B, C) of what a convolution makes, of a size of 1 or 3, that keeps the map's sizes. None where the
+    passes do not take such tensors: they take maps of float32 or float64 on the CPU, and a convolution of that type.
+
+    Args:
+        z: Map before the norm (B, D, H, W).
+        vectors: The norm's weight, bias, mean and variance.
+        eps: The norm's epsilon.
+        act: The `Act` after it.
+        weight: The convolution's weight (C, D, 1, 1) or (C, D, 3, 3).
+        bias: Its bias (C,), or None.
+    """
+    if not (_loaded and z.is_cpu and are_plain((z, *vectors, weight, bias))):
+        return None
+    try:
+        pooled = _norm_pool(z, *vectors, eps, act, weight, bias)
+    except NotImplementedError:
+        return None
+    return pooled if len(pooled) else None
 
 
 def train(

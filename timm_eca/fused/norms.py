@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from . import native
 from .formula import Act, Norm, Running
-from .tail import trained_tail
+from .tail import graph_norm, trained_tail
 
-__all__ = ["InnerNorm", "NormPart", "compiled_norm"]
+__all__ = ["GraphNorm", "InnerNorm", "NormPart", "compiled_norm"]
 
 
 @dataclass(frozen=True, eq=False)  # no tuple: exporters walk through those that modules hold
@@ -63,11 +63,23 @@ class InnerNorm:
     def __call__(self, z: Tensor) -> Tensor:
         """Return what the modules make of a convolution's map, which is overwritten if no gradient is asked for."""
         out = compiled_norm(self.norm, None, z, None, None, self.act) if type(z) is Tensor else None
-        if out is None:
-            out = z
-            for module in self.modules:
-                out = module(out)
-        return out
+        return self.in_turn(z) if out is None else out
+
+    def in_turn(self, z: Tensor) -> Tensor:
+        """The same, one module after the other."""
+        for module in self.modules:
+            z = module(z)
+        return z
+
+
+class GraphNorm(InnerNorm):
+    """As `InnerNorm`, for a graph."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return what the modules make of a convolution's map, which may be overwritten if no gradient is asked for."""
+        given = not (torch.is_grad_enabled() or self.norm.of_batch)
+        out = graph_norm(z, self.norm.given(), self.act) if given else None
+        return self.in_turn(z) if out is None else out
 
 
 def compiled_norm(

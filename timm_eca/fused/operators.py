@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import native
-from .formula import Moments, TailWeights
+from .formula import Moments, Norm, TailWeights
 
-__all__ = ["operator_gains", "operator_infer"]
+__all__ = ["operator_gains", "operator_infer", "operator_norm_pool"]
 
 
 def operator_gains(z: Tensor, weights: TailWeights) -> tuple[Tensor, Moments, Tensor, Tensor]:
@@ -28,14 +28,24 @@ def operator_gains(z: Tensor, weights: TailWeights) -> tuple[Tensor, Moments, Te
     return pooled, weights.moments or Moments(mean, var), scale, offset
 
 
-def operator_infer(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
+def operator_infer(z: Tensor, shortcut: Tensor | None, weights: TailWeights, act: int) -> Tensor:
     """As `formula.tail_formula` by given moments, in the place of z."""
     kernel, _, weight, bias, moments, _, drop, eps, shortcut_norm, pooled = weights
     assert moments is not None
     *of_shortcut, shortcut_eps = shortcut_norm or (None, None, None, None, 0.0)
     vectors = (weight, bias, kernel, *moments, drop, pooled, *of_shortcut)
-    torch.ops.timm_eca.graph_infer_(z, shortcut, *vectors, eps, shortcut_eps, relu)
+    torch.ops.timm_eca.graph_infer_(z, shortcut, *vectors, eps, shortcut_eps, act)
     return z
+
+
+def operator_norm_pool(z: Tensor, norm: Norm, act: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `native.norm_pool`, where it takes its tensors."""
+    *vectors, eps = norm
+    return torch.ops.timm_eca.graph_norm_pool_(z, *vectors, eps, act, weight, bias)
+
+
+def _fake_norm_pool(z, weight, bias, mean, var, eps, act, conv_weight, conv_bias):
+    return z.new_empty((z.shape[0], conv_weight.shape[0]))
 
 
 def _fake_gains(z, weight, bias, kernel, mean, var, drop, eps):
@@ -77,6 +87,7 @@ def _register() -> None:
     fake: dict[str, Any] = {"gains": _fake_gains, "gains_backward": _fake_backward}
     grads: dict[str, Any] = {"gains": (_grads, _setup_context), "gains_backward": (_no_grads, None)}
     torch.library.register_fake("timm_eca::graph_infer_", lambda *_: None)
+    torch.library.register_fake("timm_eca::graph_norm_pool_", _fake_norm_pool)
     for name, (backward, setup_context) in grads.items():
         torch.library.register_fake(f"timm_eca::{name}", fake[name])
         torch.library.register_autograd(f"timm_eca::{name}", backward, setup_context=setup_context)

@@ -1,21 +1,86 @@
-"""The mean of a map from what a 1x1 convolution made it of: the two commute, GAP(W u + b) = W GAP(u) + b.
+"""The mean of a map from what the convolution that makes it gets: the two commute, GAP(W u + b) = W GAP(u) + b.
 
-A bottleneck's last convolution makes four channels of one, so its input is a quarter of what is to be read.
+In inference the norm before that convolution sums what it writes (`SummedNorm`), so the block's gate is known without a
+read of either map. A convolution of 3x3 meets with each of its taps all pixels but those of one border or two, as
+padding has zeros there. Where that norm does not go through the compiled passes, a bottleneck's u is read, a quarter of
+what would be to read of z (`pooled_before`).
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import native
 from .formula import map_mean
+from .norms import InnerNorm
+from .operators import operator_norm_pool
+from .tail import worth_a_call
 
-__all__ = ["may_pool", "pooled_before"]
+__all__ = ["SummedNorm", "commutes", "compiled_pool", "graph_pool", "may_pool", "pooled_before"]
+
+PoolOf = Callable[[InnerNorm, Any, Tensor], Tensor | None]
 
 _LARGE = 1 << 20  # elements of z; less is read in the time of a call
+_PRICE = 6  # elements of z that are read in the time that a weight of the convolution takes
+
+
+class SummedNorm:
+    """The norm before a block's last convolution, for one call.
+
+    Attributes:
+        pooled: The mean (B, C) of what the convolution is about to make, None where it is not known by then.
+    """
+
+    def __init__(self, norm: InnerNorm, conv: Any, pool_of: PoolOf):
+        """Take the norm, the convolution, and what does both at once: `compiled_pool`, or in a graph `graph_pool`."""
+        self.norm, self.conv, self.pool_of = norm, conv, pool_of
+        self.pooled: Tensor | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return what the norm makes of a map, which is overwritten."""
+        if not self.norm.norm.of_batch:
+            self.pooled = self.pool_of(self.norm, self.conv, z)
+        return self.norm(z) if self.pooled is None else z
+
+
+def compiled_pool(norm: InnerNorm, conv: Any, z: Tensor) -> Tensor | None:
+    """Put a norm in the place of z, and return the mean of what a convolution makes of that.
+
+    None where that does not pay, or the passes do not take such tensors.
+
+    Args:
+        norm: A norm with its activation, by given moments.
+        conv: A convolution that commutes with the mean.
+        z: What the norm gets (B, D, H, W).
+    """
+    weight = conv._parameters.get("weight")
+    if type(z) is not Tensor or weight is None or not _pays(conv, z):
+        return None
+    *vectors, eps = norm.norm.given()
+    return native.norm_pool(z, tuple(vectors), eps, norm.act, weight, conv.bias)
+
+
+def graph_pool(norm: InnerNorm, conv: Any, z: Tensor) -> Tensor | None:
+    """As `compiled_pool`, in what `torch.compile` takes into one graph."""
+    given = norm.norm.given()
+    if not (worth_a_call(z) and _pays(conv, z) and native.takes_conv(z, conv.weight, conv.bias, given)):
+        return None
+    return operator_norm_pool(z, given, norm.act, conv.weight, conv.bias)
+
+
+def commutes(conv: nn.Conv2d) -> bool:
+    """Whether the mean of what a convolution makes follows from sums of what it gets."""
+    if conv.groups != 1 or conv.stride != (1, 1) or conv.dilation != (1, 1):
+        return False
+    of_three = conv.kernel_size == (3, 3) and conv.padding in ((1, 1), "same") and conv.padding_mode == "zeros"
+    return of_three or (conv.kernel_size == (1, 1) and conv.padding in ((0, 0), "valid", "same"))
 
 
 def may_pool(conv: nn.Conv2d) -> bool:
-    """Whether the mean of what a convolution makes may be had from what it gets, for less than half the reads."""
+    """Whether the mean of what a convolution makes may be had by reading what it gets, for less than half the reads."""
     return 2 * conv.in_channels < conv.out_channels and _is_matrix(conv)
 
 
@@ -36,8 +101,13 @@ def pooled_before(conv: nn.Conv2d, u: Tensor) -> Tensor | None:
     return functional.linear(map_mean(u), conv.weight.flatten(1), conv.bias)
 
 
+def _pays(conv: Any, z: Tensor) -> bool:
+    """Whether a convolution has few enough weights for what is not read."""
+    return z.numel() >= _PRICE * conv.in_channels**2 * conv.kernel_size[0] ** 2 and commutes(conv)
+
+
 def _is_matrix(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), "valid", "same")
+    return conv.kernel_size == (1, 1) and commutes(conv)
 
 
 def _is_exact(conv: nn.Conv2d, u: Tensor) -> bool:

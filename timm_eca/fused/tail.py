@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from . import gpu, native, passes
-from .formula import Moments, Running, TailWeights, layout_of, tail_formula
+from .formula import Moments, Norm, Running, TailWeights, gains_of_map, layout_of, tail_formula
 from .operators import operator_gains, operator_infer
 
-__all__ = ["fused_tail", "graph_tail", "trained_tail"]
+__all__ = ["fused_tail", "graph_norm", "graph_tail", "trained_tail", "worth_a_call"]
 
 Leaves = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-_SMALL = 1 << 18  # elements of a map, of which a call from a compiled model takes longer than it saves
+# Elements of a map, of which a call from a compiled model takes longer than it saves: in training, and in inference.
+_SMALL, _SMALL_INFERENCE = 1 << 18, 1 << 16
 
 
 def fused_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
@@ -65,18 +66,35 @@ def _is_recorded(leaves: Leaves) -> bool:
 
 def graph_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: bool) -> Tensor:
     """Compute `tail_formula` in what `torch.compile` takes into one graph. In inference, z may be overwritten."""
-    if not _by_operators(z, shortcut, weights):
-        return tail_formula(z, shortcut, weights, relu)
     if weights.moments is not None and not torch.is_grad_enabled():
-        return operator_infer(z, shortcut, weights, relu)
-    return tail_formula(z, shortcut, weights, relu, operator_gains)
+        out = _graph_infer(z, shortcut, weights, relu)
+        return tail_formula(z, shortcut, weights, relu) if out is None else out
+    by_operators = _takes(z, shortcut, weights) and z.numel() >= _SMALL
+    return tail_formula(z, shortcut, weights, relu, operator_gains if by_operators else gains_of_map)
 
 
-def _by_operators(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
-    """Whether the compiled passes are called. Of small maps, compilers are as fast without a call."""
-    if z.numel() < _SMALL or weights.gate is not torch.sigmoid:
-        return False
-    return z.dtype in (torch.float32, torch.float64) and native.takes(z, shortcut, weights)
+def graph_norm(z: Tensor, norm: Norm, act: int) -> Tensor | None:
+    """Return what a norm and its activation make of a map that may be overwritten, None where no operator is called."""
+    moments = Moments(norm.mean, norm.var)
+    return _graph_infer(z, None, TailWeights(None, torch.sigmoid, *norm[:2], moments, None, None, norm.eps), act)
+
+
+def _graph_infer(z: Tensor, shortcut: Tensor | None, weights: TailWeights, act: int) -> Tensor | None:
+    return operator_infer(z, shortcut, weights, act) if worth_a_call(z) and _takes(z, shortcut, weights) else None
+
+
+def _takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
+    """Whether there are operators for a tail in a graph."""
+    return _is_exact(z) and weights.gate is torch.sigmoid and native.takes(z, shortcut, weights)
+
+
+def worth_a_call(z: Tensor) -> bool:
+    """Whether an operator in a graph for inference gains more by a map than a call takes."""
+    return _is_exact(z) and z.numel() >= _SMALL_INFERENCE
+
+
+def _is_exact(z: Tensor) -> bool:
+    return z.dtype in (torch.float32, torch.float64)
 
 
 class _FusedTail(torch.autograd.Function):
