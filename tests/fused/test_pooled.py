@@ -5,9 +5,9 @@ import torch
 from timm.models.resnet import Bottleneck
 from torch import nn
 
-from fused_models import pixels
+from fused_models import compiler_calls_blocks, pixels
 from timm_eca import fuse_
-from timm_eca.fused import blocks, forward, pooled
+from timm_eca.fused import blocks, forward, native, pooled
 from timm_eca.fused.pooled import compiled_pool, pooled_before
 from timm_eca.layers import EcaLayer
 
@@ -99,14 +99,24 @@ class TestBlocks:
             torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
         assert [mean is not None for mean in found] == [True]
 
-    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    @compiler_calls_blocks
+    @pytest.mark.parametrize("loaded", [True, False], ids=["library", "no library"])
     @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-    def test_compiled(self, layout, backend):
+    def test_compiled(self, monkeypatch, layout, loaded):
+        """Where there is a library, its operators sum what the norm makes, or read z."""
+        monkeypatch.setattr(native, "_loaded", native.loaded() and loaded)
         plain, x = block(), pixels(2, 92).contiguous(memory_format=layout)
+        products = []
+
+        def watch(graph, _):
+            products.extend(node for node in graph.graph.nodes if "linear" in str(node.target))
+            return graph.forward
+
         torch.compiler.reset()
         with torch.inference_mode():
-            compiled = torch.compile(fuse_(nn.Sequential(block())), fullgraph=True, backend=backend)
+            compiled = torch.compile(fuse_(nn.Sequential(block())), fullgraph=True, backend=watch)
             torch.testing.assert_close(compiled(x), plain(x), rtol=1e-12, atol=1e-12)
+        assert len(products) == (not native.loaded())
 
     def test_sizes_that_change(self):
         plain = block()

@@ -194,6 +194,7 @@ class Facts(NamedTuple):
     shortcut_frozen: bool = False
     acts: tuple[Act, ...] = ()
     frozen_inside: tuple[bool, ...] = ()
+    pools: bool = False
     sums: bool = False
 
 
@@ -211,6 +212,7 @@ def _facts(block: Any) -> Facts:
         shortcut_frozen=last is not None and last.frozen,
         acts=tuple(norm.act for norm in parts.norms),
         frozen_inside=tuple(norm.norm.frozen for norm in parts.norms),
+        pools=parts.pools,
         sums=parts.sums,
     )
 
@@ -239,6 +241,7 @@ def graph_parts(block: Any, rule: TailRule) -> Parts | None:
         shortcut_norm=_norm_now(downsample[-1], facts.shortcut_frozen) if facts.shortcut_norm else None,
         act=act,
         relu=type(act) is nn.ReLU,
+        pools=facts.pools,
         norms=_norms_now(modules, rule, facts),
         sums=facts.sums,
     )
