@@ -1,12 +1,14 @@
 // The passes of a fused tail as operators of PyTorch, `torch.ops.timm_eca`, for CPUs. native.py has their schemas.
 //
-// _passes.h has what they compute, _torch.h what they need of PyTorch. No header of Python's or PyTorch's is needed.
+// _passes.h and _pooled.h have what they compute, _torch.h what they need of PyTorch. No header of Python's or
+// PyTorch's is needed.
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "_passes.h"
+#include "_pooled.h"
 #include "_torch.h"
 
 extern "C" int omp_get_max_threads();  // of the OpenMP runtime that PyTorch has loaded
