@@ -26,14 +26,15 @@ def test_a_cell_of_speed(repository, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     out = tmp_path / "speed.json"
     arguments = "--models resnet18 --modes training --batches 2 --layouts nchw --engines eager --size 32 --rounds 3"
-    for extra in (["--processes", "2"], ["--tail"]):
+    for extra in (["--processes", "2"], ["--tail", "--modes", "inference", "training"]):
         monkeypatch.setattr(sys, "argv", ["speed.py", *arguments.split(), "--out", str(out), *extra])
         runpy.run_path(str(repository / "benchmarks" / "speed.py"), run_name="__main__")
     cells = json.loads(out.read_text())["cells"]
-    assert list(cells) == ["resnet18 training 2 nchw eager 32", "resnet18 training 2 nchw eager"]
+    tails = ["resnet18 inference 2 nchw eager", "resnet18 training 2 nchw eager"]
+    assert list(cells) == ["resnet18 training 2 nchw eager 32", *tails]
     assert all(figures["ratio"]["plain"]["median"] == 1 for figures in cells.values())
-    assert [figures["ratio"]["eca"]["rounds"] for figures in cells.values()] == [6, 3]
-    assert cells["resnet18 training 2 nchw eager"]["bandwidth"].keys() == {"eca", "copy"}
+    assert [figures["ratio"]["eca"]["rounds"] for figures in cells.values()] == [6, 3, 3]
+    assert all(cells[name]["bandwidth"].keys() == {"eca", "copy"} for name in tails)
     shown = capsys.readouterr().out
     assert "| resnet18 training 2 nchw eager |" in shown
     assert re.search(r"\| \d+\.\d of \d+\.\d \|$", shown, re.MULTILINE)
