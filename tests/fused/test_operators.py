@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from fused_models import (
+    MODELS,
     assert_same,
     blocks_of,
     compiler_calls_blocks,
+    create,
     pixels,
     plain_twin,
     short,
@@ -15,7 +17,7 @@ from fused_models import (
 )
 from timm_eca.fused import native, tail
 from timm_eca.fused.formula import Moments, Norm, Running, TailWeights, tail_formula
-from timm_eca.fused.operators import operator_gains, operator_infer
+from timm_eca.fused.operators import operator_gains, operator_infer, operator_norm_pool
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="the compiled passes are not built here")
 
@@ -161,6 +163,30 @@ def test_vectors_of_other_types_are_refused():
         operator_infer(z.detach(), shortcut, weights, True)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("z_as", ["nchw", "nhwc", "slice"])
+def test_sums_in_place(z_as, size):
+    z, _, weights = make(train=False)
+    norm = Norm(weights.weight, weights.bias, *weights.moments, weights.eps)
+    conv = torch.nn.Conv2d(z.shape[1], 7, size, padding=size // 2).double()
+    layout = torch.channels_last if z_as == "nhwc" else torch.contiguous_format
+    room = torch.nn.functional.pad(z.detach(), (1, 2)) if z_as == "slice" else z.detach().clone(memory_format=layout)
+    own = room[..., 1:-2] if z_as == "slice" else room
+    with torch.no_grad():
+        expected = torch.relu(torch.nn.functional.batch_norm(z, *weights.moments, *norm[:2], eps=norm.eps))
+        pooled = operator_norm_pool(own, norm, 1, conv.weight, conv.bias)
+        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(pooled, conv(expected).mean((2, 3)), rtol=1e-12, atol=1e-12)
+    if z_as == "slice":
+        assert not room[..., 0].any()
+        assert not room[..., -2:].any()
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="graph_norm_pool_ takes float32 or float64, and"),
+    ):
+        operator_norm_pool(own, norm, 1, conv.weight.float(), None)
+
+
 def graph_of(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
     """What a model's graph calls."""
     targets = []
@@ -198,6 +224,15 @@ class TestGraphs:
             "graph_infer_"
         )
         assert len(called) == 3 * len(blocks_of(model))
+
+    @compiler_calls_blocks
+    @pytest.mark.parametrize(("name", "narrow"), [("resnet18", {"channels": (8, 12, 16, 24)}), ("mobilenetv2_050", {})])
+    def test_sums_of_other_blocks(self, name, narrow):
+        model = create(name, **MODELS[name], **narrow).double().eval()
+        with torch.no_grad():
+            assert "timm_eca.graph_norm_pool_" in graph_of(model, torch.float64)
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(pixels()), plain_twin(model)(pixels()), rtol=1e-12, atol=1e-12)
 
     def test_inference_of_small_maps_is_the_compilers(self, monkeypatch):
         monkeypatch.setattr(tail, "_SMALL_INFERENCE", 1 << 40)

@@ -99,10 +99,19 @@ class TestBlocks:
             torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
         assert [mean is not None for mean in found] == [True]
 
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+    def test_compiled(self, layout, backend):
+        plain, x = block(), pixels(2, 92).contiguous(memory_format=layout)
+        torch.compiler.reset()
+        with torch.inference_mode():
+            compiled = torch.compile(fuse_(nn.Sequential(block())), fullgraph=True, backend=backend)
+            torch.testing.assert_close(compiled(x), plain(x), rtol=1e-12, atol=1e-12)
+
     @compiler_calls_blocks
     @pytest.mark.parametrize("loaded", [True, False], ids=["library", "no library"])
     @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-    def test_compiled(self, monkeypatch, layout, loaded):
+    def test_graph(self, monkeypatch, layout, loaded):
         """Where there is a library, its operators sum what the norm makes, or read z."""
         monkeypatch.setattr(native, "_loaded", native.loaded() and loaded)
         plain, x = block(), pixels(2, 92).contiguous(memory_format=layout)

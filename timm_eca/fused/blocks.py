@@ -8,8 +8,9 @@ from torch.compiler import is_compiling, is_exporting
 
 from ..block_rule import rule_key
 from ..gating import gated_class
-from .eligible import Parts, find_parts, graph_parts, is_eca, unwatched
+from .eligible import Parts, find_parts, is_eca, unwatched
 from .forward import compiled_tail, eager_tail, fused_forward
+from .graph_parts import graph_parts
 from .halves import Halves, NormRule, TailRule, halves_of
 from .pooled import compiled_pool, graph_pool
 

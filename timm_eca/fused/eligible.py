@@ -7,7 +7,7 @@ lookups. Whoever watches or transforms single operations (hooks, modes, tracers,
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import (
@@ -30,10 +30,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from ..layers import EcaLayer
 from .formula import Act
 from .halves import NormRule, TailRule
-from .norms import GraphNorm, InnerNorm, NormPart
+from .norms import InnerNorm, NormPart
 from .pooled import commutes, may_pool
 
-__all__ = ["Parts", "find_parts", "graph_parts", "is_eca", "map_fits", "unwatched"]
+__all__ = ["Parts", "adds_shortcut", "find_parts", "is_eca", "map_fits", "unwatched"]
 
 _FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 _SIGMOIDS = (nn.Sigmoid, Sigmoid)
@@ -158,7 +158,7 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
     norms = [_norm_part(m) for m in (norm, last) if m is not None]
     norms += [part.norm for part in inner]
     return Parts(
-        adds=_adds(block, rule),
+        adds=adds_shortcut(block, rule),
         conv=conv,
         norm=norms[0],
         kernel=attn.conv._parameters,
@@ -178,72 +178,6 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         hooks=tuple(d for m in tail for d in _hooks(m)),
         inner_hooks=tuple(d for m in inside for d in _hooks(m)),
         attributes=tuple(m.__dict__ for m in (*tail, *inside)),
-    )
-
-
-class Facts(NamedTuple):
-    """What a compiler takes as settled when it makes a graph of a block's tail.
-
-    Each look that the compiler followed would be a guard, taken again before every run of the graph.
-    """
-
-    fit: bool
-    frozen: bool = False
-    sigmoid: bool = False
-    shortcut_norm: bool = False
-    shortcut_frozen: bool = False
-    acts: tuple[Act, ...] = ()
-    frozen_inside: tuple[bool, ...] = ()
-    pools: bool = False
-    sums: bool = False
-
-
-@torch.compiler.assume_constant_result
-def _facts(block: Any) -> Facts:
-    parts = find_parts(block, block._rule)
-    if parts is None or not parts.still_fit(block):
-        return Facts(False)
-    last = parts.shortcut_norm
-    return Facts(
-        fit=True,
-        frozen=parts.norm.frozen,
-        sigmoid=parts.gate is torch.sigmoid,
-        shortcut_norm=last is not None,
-        shortcut_frozen=last is not None and last.frozen,
-        acts=tuple(norm.act for norm in parts.norms),
-        frozen_inside=tuple(norm.norm.frozen for norm in parts.norms),
-        pools=parts.pools,
-        sums=parts.sums,
-    )
-
-
-def graph_parts(block: Any, rule: TailRule) -> Parts | None:
-    """As `find_parts`, of a block that a compiler makes a graph of: with the tensors themselves, which it follows.
-
-    Of each module at least the class is asked for, so that a graph is not run for a block that has got another one.
-    """
-    facts = _facts(block)
-    if not facts.fit:
-        return None
-    modules = block._modules
-    inner = modules[rule.attn]._modules
-    gate, drop_path = inner["gate"], block.drop_path
-    downsample: Any = block.downsample if "downsample" in rule.rest else None
-    act = modules[rule.act] if rule.act else None
-    return Parts(
-        adds=_adds(block, rule),
-        conv=modules[rule.conv],
-        norm=_norm_now(modules[rule.norm], facts.frozen),
-        kernel=_now(inner["conv"], "weight"),
-        gate=torch.sigmoid if isinstance(gate, nn.Module) and facts.sigmoid else gate,
-        drop_path=drop_path if isinstance(drop_path, DropPath) else None,
-        downsample=downsample,
-        shortcut_norm=_norm_now(downsample[-1], facts.shortcut_frozen) if facts.shortcut_norm else None,
-        act=act,
-        relu=type(act) is nn.ReLU,
-        pools=facts.pools,
-        norms=_norms_now(modules, rule, facts),
-        sums=facts.sums,
     )
 
 
@@ -272,7 +206,8 @@ def unwatched() -> bool:
     )
 
 
-def _adds(block: Any, rule: TailRule) -> bool:
+def adds_shortcut(block: Any, rule: TailRule) -> bool:
+    """Whether a block adds its shortcut: inverted residuals do where the map keeps its shape."""
     return block.has_skip if "has_skip" in rule.rest else True
 
 
@@ -334,25 +269,5 @@ def _norm_part(norm: Any) -> NormPart:
     return NormPart(norm, frozen, norm._buffers if frozen else norm._parameters, norm._buffers)
 
 
-def _norm_now(norm: Any, frozen: bool) -> NormPart:
-    return NormPart(norm, frozen, _now(norm, "weight", "bias"), _now(norm, "running_mean", "running_var"))
-
-
-def _norms_now(modules: dict[str, Any], rule: TailRule, facts: Facts) -> tuple[GraphNorm, ...]:
-    """Return the norms of a first half for a graph."""
-    found = []
-    for norm, act, frozen in zip(rule.inner, facts.acts, facts.frozen_inside):
-        own = modules[norm.norm]
-        rest = [] if norm.is_own else [modules[name] for name in (norm.drop, norm.act) if name is not None]
-        beside = rest or [own._modules["drop"], own._modules["act"]]
-        assert all(isinstance(module, nn.Module) for module in beside)  # so that their classes are guarded
-        found.append(GraphNorm(_norm_now(own, frozen), act, (own, *rest)))
-    return tuple(found)
-
-
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-
-
-def _now(module: nn.Module, *names: str) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in names}

@@ -85,15 +85,16 @@ def _graph_infer(z: Tensor, shortcut: Tensor | None, weights: TailWeights, act: 
 
 def _takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
     """Whether there are operators for a tail in a graph."""
-    return _is_exact(z) and weights.gate is torch.sigmoid and native.takes(z, shortcut, weights)
+    return _is_full(z) and weights.gate is torch.sigmoid and native.takes(z, shortcut, weights)
 
 
 def worth_a_call(z: Tensor) -> bool:
     """Whether an operator in a graph for inference gains more by a map than a call takes."""
-    return _is_exact(z) and z.numel() >= _SMALL_INFERENCE
+    return _is_full(z) and z.numel() >= _SMALL_INFERENCE
 
 
-def _is_exact(z: Tensor) -> bool:
+def _is_full(z: Tensor) -> bool:
+    """Whether a map is of a type whose operators gain anything in a graph: not of half precision."""
     return z.dtype in (torch.float32, torch.float64)
 
 
