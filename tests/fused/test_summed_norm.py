@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not native.loaded(), reason="the compiled passes
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 LAYOUTS = pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
-SIZES = [(2, 8, 6, 5), (1, 3, 1, 1), (3, 5, 1, 4), (2, 16, 7, 1), (1, 70, 14, 14), (4, 24, 30, 31)]
+SIZES = [(2, 8, 6, 5), (1, 3, 1, 1), (3, 5, 1, 4), (2, 16, 7, 1), (1, 70, 14, 14), (4, 24, 30, 31), (7, 37, 3, 2)]
 CONVS = {
     "1x1": lambda channels, **kwargs: nn.Conv2d(channels, 2 * channels + 3, 1, **kwargs),
     "3x3": lambda channels, **kwargs: nn.Conv2d(channels, channels + 1, 3, padding=1, **kwargs),
@@ -128,11 +128,12 @@ class TestRefused:
     def test_those_that_do(self, padding):
         assert commutes(nn.Conv2d(4, 8, 3, padding=padding))
 
-    def test_weights_that_cost_more_than_the_map(self):
+    @pytest.mark.parametrize(("batch", "width", "enough"), [(1, 35, 36), (4, 11, 12)])
+    def test_weights_that_cost_more_than_the_map(self, batch, width, enough):
         norm, conv = norm_of(16), nn.Conv2d(16, 64, 1).double()
         with torch.no_grad():
-            assert compiled_pool(norm, conv, map_of((1, 16, 9, 9), NCHW)) is None
-            assert compiled_pool(norm, conv, map_of((1, 16, 10, 10), NCHW)) is not None
+            assert compiled_pool(norm, conv, map_of((batch, 16, 1, width), NCHW)) is None
+            assert compiled_pool(norm, conv, map_of((batch, 16, 1, enough), NCHW)) is not None
 
 
 @pytest.fixture

@@ -24,7 +24,9 @@ __all__ = ["SummedNorm", "commutes", "compiled_pool", "graph_pool", "may_pool", 
 PoolOf = Callable[[InnerNorm, Any, Tensor], Tensor | None]
 
 _LARGE = 1 << 20  # elements of z; less is read in the time of a call
-_PRICE = 6  # elements of z that are read in the time that a weight of the convolution takes
+# The time of the convolution's weights, in fifths of that in which as many elements of z are read: to come from memory,
+# and to be multiplied, for each sample.
+_LOADED, _MULTIPLIED = 10, 1
 
 
 class SummedNorm:
@@ -103,9 +105,10 @@ def pooled_before(conv: nn.Conv2d, u: Tensor) -> Tensor | None:
     return functional.linear(map_mean(u), conv.weight.flatten(1), conv.bias)
 
 
-def _pays(conv: Any, z: Tensor) -> bool:
-    """Whether a convolution has few enough weights for what is not read."""
-    return z.numel() >= _PRICE * conv.in_channels**2 * conv.kernel_size[0] ** 2 and commutes(conv)
+def _pays(conv: Any, norm_map: Tensor) -> bool:
+    """Whether a convolution has few enough weights for a map of it that is not read, given what its norm gets."""
+    squared = conv.in_channels**2 * conv.kernel_size[0] ** 2  # what weights and maps have of the other width cancels
+    return 5 * norm_map.numel() >= squared * (_LOADED + _MULTIPLIED * len(norm_map)) and commutes(conv)
 
 
 def _is_matrix(conv: nn.Conv2d) -> bool:
