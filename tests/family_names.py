@@ -115,6 +115,7 @@ NAMES = {
     "pnasnet5large": 64,
 }
 LARGE = {"nasnetalarge", "pnasnet5large"}  # built and run once, not through every test
+SMALL = [name for name in NAMES if name not in LARGE]
 SMALLER = {
     "mobilenetv5_300m_enc": {"channel_multiplier": 0.125},
     "vgg11": {"mlp_ratio": 1 / 64},
@@ -169,4 +170,4 @@ def enliven_(model):
     return model
 
 
-small = pytest.mark.parametrize("name", [name for name in NAMES if name not in LARGE])
+small = pytest.mark.parametrize("name", SMALL)

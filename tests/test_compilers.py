@@ -1,6 +1,7 @@
 """TorchScript, trace, fx, export and torch.compile: whatever plain timm manages for a model."""
 
 import warnings
+from functools import lru_cache
 
 import pytest
 import timm
@@ -38,9 +39,12 @@ def one_per_family():
     return list({module: name for name, module in reversed(module_of.items())}.values())[::-1]
 
 
+plain_of = lru_cache(maxsize=1)(create)  # for the tests of a name, in turn
+
+
 def check(name, where, way):
     """The model works this way, or plain timm's does not either."""
-    plain = create(name)
+    plain = plain_of(name)
     model = with_attn(plain, attn_where=where)
     x = image(name, batch=1)
     torch.compiler.reset()

@@ -15,7 +15,7 @@ from timm.models import _registry, group_parameters, reparameterize_model
 from torch import nn
 
 from additions import Recorder
-from family_names import NAMES, create, enliven_, image, keeping, new, small, with_attn
+from family_names import NAMES, SMALL, create, enliven_, image, keeping, new, with_attn
 from timm_eca import EcaLayer, add_attn_, attn_modules, plan_attn, timm_hooks
 from timm_eca.block_rule import rule_key
 from timm_eca.blocks import BLOCKS
@@ -125,10 +125,14 @@ def test_other_convolutions_are_there():
     assert found == OTHER_CONVOLUTIONS.keys()
 
 
-@small
+@pytest.mark.parametrize("name", SMALL, scope="class")  # all tests of a name in turn, with the same plain model
 class TestAsAModel:
-    def test_identity_start(self, name):
-        plain = create(name)
+    @pytest.fixture(scope="class")
+    def plain(self, name):
+        """A model without attention, of which tests make copies."""
+        return create(name)
+
+    def test_identity_start(self, name, plain):
         sites = {where: tuple(plan_attn(plain, attn_where=where)) for where in {keeping(plain), "add"}}
         x = image(name)
         for where in {sites[where]: where for where in sites}.values():  # each once where they are the same
@@ -136,15 +140,14 @@ class TestAsAModel:
             with torch.no_grad():
                 assert torch.equal(model.eval()(x), plain(x))
 
-    def test_gradient_in_every_attention_weight(self, name):
-        model = enliven_(with_attn(create(name)))
+    def test_gradient_in_every_attention_weight(self, name, plain):
+        model = enliven_(with_attn(plain))
         output = model(image(name))
         (output if isinstance(output, torch.Tensor) else output[0]).square().mean().backward()
         assert all((layer.conv.weight.grad != 0).any() for layer in attn_modules(model).values())
 
-    def test_copies_and_checkpoints(self, name):
+    def test_copies_and_checkpoints(self, name, plain):
         """Copies compute the same; plain weights load, complete ones too, half of the attention's do not."""
-        plain = create(name)
         where = keeping(plain)
         model = add_attn_(copy.deepcopy(plain), "eca", attn_where=where)
         x = image(name, batch=1)
@@ -166,9 +169,9 @@ class TestAsAModel:
         with pytest.raises(ValueError, match=lost.replace(".", r"\.")):
             other.load_state_dict(half, strict=False)
 
-    def test_norms_convert(self, name):
+    def test_norms_convert(self, name, plain):
         """The layers keep running when norms are converted, by torch and by timm, or frozen, or branches fused."""
-        model = with_attn(create(name))
+        model = with_attn(plain)
         x = image(name, batch=1)
         with torch.no_grad():
             expected = model(x)
@@ -188,9 +191,9 @@ class TestAsAModel:
             if convert != nn.SyncBatchNorm.convert_sync_batchnorm:  # torch's drops activations of timm's norms
                 torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
-    def test_heads_and_layout(self, name):
+    def test_heads_and_layout(self, name, plain):
         x = image(name)
-        model = with_attn(create(name))
+        model = with_attn(plain)
         if hasattr(model, "group_matcher"):
             groups = group_parameters(model, model.group_matcher())
             assert sum(map(len, groups.values())) == len(list(model.parameters()))
