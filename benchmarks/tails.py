@@ -2,16 +2,21 @@
 
 In inference they begin with the norm before the block's last convolution, and its activation: this package's sums what
 it makes there, so that the tail need not read its map for the gate. The convolution between the two is left out.
+
+The kinds of tail take turns on the same maps, because what a pass takes depends on where its maps lie. Of compiled
+tails it is the graph that is called, without the looks that `torch.compile` takes before it: a network has those once.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
 from measure import Timed, alternate
 from systems import create
 from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
 
 from timm_eca.fused import blocks, forward, pooled
 
@@ -19,6 +24,7 @@ __all__ = ["time_tails"]
 
 Made = tuple[Tensor | None, Tensor]  # what the last convolution gets, and the block's output
 Tail = Callable[[Any, Tensor | None, Tensor, Tensor | None], Made]
+Maps = tuple[Tensor, Tensor, Tensor]  # the map before the last convolution, before its norm, and z and the shortcut
 
 
 def time_tails(
@@ -28,17 +34,14 @@ def time_tails(
     seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in (*TAILS, "copy")}
     moved = {"eca": 0, "copy": 0}  # bytes
     for block, shapes, count in distinct_tails(backbone, batch, size):
-        torch.compiler.reset()  # of what was compiled for other shapes
         block.to(device)
-        maps_of = partial(random_maps, shapes, device, layout)
-        calls = {name: step_of(tail, block, maps_of(), mode, compiled) for name, tail in TAILS.items()}
-        before, source, target = maps_of()
+        maps = [random_maps(shapes, device, layout) for _ in TAILS]
+        calls: dict[str, Callable[[], object]] = {}
+        for turn, (name, tail) in enumerate(TAILS.items()):
+            calls[name] = step_of(tail, block, maps[turn:] + maps[:turn], mode, compiled)
+        before, source, target = random_maps(shapes, device, layout)
         calls["copy"] = partial(target.copy_, source)
-        for call in calls.values():
-            call()
-        # A compiled network checks the guards of all its blocks once, before it starts; here they would run each time.
-        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=compiled):
-            taken = alternate(calls, rounds, warm_up=5, device=device)
+        taken = alternate(calls, rounds, warm_up=5, device=device)
         for name, own in taken.items():
             seconds[name] = [total + count * s for total, s in zip(seconds[name], own)]
         moved["eca"] += count * bytes_moved(block, mode, before.nbytes, source.nbytes)
@@ -84,30 +87,67 @@ def distinct_tails(backbone: str, batch: int, size: int) -> Iterator[tuple[Any, 
         yield found[kinds.index(kind)], [torch.Size([batch, *shape[1:]]) for shape in kind[:2]], kinds.count(kind)
 
 
-def random_maps(shapes: list[torch.Size], device: str, layout: Any) -> list[Tensor]:
+def random_maps(shapes: list[torch.Size], device: str, layout: Any) -> Maps:
     """Return the map before the last convolution, before its norm, and z and the shortcut."""
-    return [torch.randn(shape, device=device).contiguous(memory_format=layout) for shape in (*shapes, shapes[1])]
+    before, z = shapes
+    return tuple(torch.randn(shape, device=device).contiguous(memory_format=layout) for shape in (before, z, z))
 
 
-def step_of(tail: Tail, block: Any, maps: list[Tensor], mode: str, compiled: bool) -> Callable[[], object]:
-    """Return one call of a tail, in training with its backward pass and without the norm before."""
+def step_of(tail: Tail, block: Any, maps: list[Maps], mode: str, compiled: bool) -> Callable[[], object]:
+    """Return one call of a tail, in training with its backward pass and without the norm before.
+
+    Args:
+        tail: What computes it.
+        block: The block.
+        maps: What it is computed of, in turn.
+        mode: "inference" or "training".
+        compiled: Whether to call the graph that a compiler makes of it.
+    """
     training = mode == "training"
     block.train(training)
     adds = getattr(block, "has_skip", True)
-    before, z, shortcut = maps
-    added = shortcut if adds else None
-    grad = torch.randn_like(z)
-    call: Any = torch.compile(tail if training else in_place(tail), fullgraph=True) if compiled else tail
+    turns = cycle(maps)
+    grad = torch.randn_like(maps[0][1])
+    call: Any = tail if not compiled else graph_of(tail if training else in_place(tail))
 
+    @torch.no_grad()
     def infer() -> None:
-        with torch.no_grad():
-            call(block, before, z, added)
+        before, z, shortcut = next(turns)
+        call(block, before, z, shortcut if adds else None)
 
     def train() -> None:
-        leaf = z.detach().requires_grad_()
-        call(block, None, leaf, added if added is None else added.detach().requires_grad_())[1].backward(grad)
+        z, shortcut = (given.detach().requires_grad_() for given in next(turns)[1:])
+        call(block, None, z, shortcut if adds else None)[-1].backward(grad)
 
-    return train if training else infer
+    step = train if training else infer
+    step()
+    return step
+
+
+def graph_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function at its first call, and then call the graph alone, with the same block and other maps."""
+    made: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled = compile_fx(graph, inputs)
+
+        def run(*given: Any) -> Any:
+            made[:] = compiled, given
+            return compiled(*given)
+
+        return run
+
+    def call(*args: Any) -> Any:
+        if not places:
+            torch.compiler.reset()
+            result = torch.compile(function, fullgraph=True, backend=backend)(*args)
+            places.extend(next((i for i, arg in enumerate(args) if arg is t), None) for t in made[1])
+            return result
+        graph, given = made
+        return graph(*[t if i is None else args[i] for i, t in zip(places, given)])
+
+    places: list[int | None] = []
+    return call
 
 
 def in_place(tail: Tail) -> Callable[..., None]:

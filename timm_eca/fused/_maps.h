@@ -89,10 +89,15 @@ template <typename T> struct Repeated {
   }
 };
 
-// While elements are written, which are in the cache, those of the next sample, if one is given, come from memory.
-template <typename M, typename F> void write_line(const M* next, Index from, Index n, F write) {
+// Has elements that are needed next, if such are given, come from memory while others are gone through. What is written
+// then is in the cache: one stream from memory at a time is slower than two.
+template <typename M> void fetch(const M* next, Index from, Index n) {
   if (next)
     for (Index i = 0; i < n; i += kLine / Index(sizeof(M))) __builtin_prefetch(next + from + i, 0, 2);
+}
+
+template <typename M, typename F> void write_line(const M* next, Index from, Index n, F write) {
+  fetch(next, from, n);
 #pragma omp simd
   for (Index c = 0; c < n; ++c) write(from + c, c);
 }
@@ -159,8 +164,8 @@ template <bool kTwo, typename T, typename F> void add_line(Index at, Index width
 
 // One or two sums over pixels, for each channel. They are kept for a few lines at a time, so that small terms are not
 // lost in large sums.
-template <bool kTwo, typename T, typename F>
-void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
+template <bool kTwo, typename M, typename T, typename F>
+void sum_pixels(const Grid& grid, const M* next, Index from, F add, T* first, T* second) {
   std::vector<T> parts(2 * grid.width);
   T *f = parts.data(), *s = f + grid.width;
   std::fill_n(first, grid.channels, T(0));
@@ -168,7 +173,11 @@ void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
   for (Index i = 0; i <= grid.lines;) {
     std::fill(parts.begin(), parts.end(), T(0));
     Index end = std::min(i + kPixels, grid.lines + 1);
-    for (; i < end; ++i) add_line<kTwo>(from + i * grid.width, grid.width_of(i), add, f, s);
+    for (; i < end; ++i) {
+      Index at = from + i * grid.width, width = grid.width_of(i);
+      fetch(next, at, width);
+      add_line<kTwo>(at, width, add, f, s);
+    }
     fold(grid, f, first);
     if (kTwo) fold(grid, s, second);
   }
@@ -176,22 +185,24 @@ void sum_pixels(const Grid& grid, Index from, F add, T* first, T* second) {
 
 // One or two sums of some rows' elements, for each channel: add(at, c, first, second) adds an element's terms.
 // make(vectors...) returns it. The sums of pixels begin at zero, those of channels are all that there are.
-template <bool kTwo, typename T, typename F, typename... V>
-void sum_elements(const Shape& d, Rows rows, F make, T* first, T* second, const V*... vectors) {
+template <bool kTwo, typename M, typename T, typename F, typename... V>
+void sum_elements(const Shape& d, const M* next, Rows rows, F make, T* first, T* second, const V*... vectors) {
   if (d.nhwc) {
     Grid grid(d.channels, rows);
-    sum_pixels<kTwo>(grid, rows.from * d.channels, make(Repeated<V>(vectors, grid).data...), first, second);
-  } else {
-    for (Index c = rows.from; c < rows.to; ++c)
-      sum_row(c * d.area, d.area, make(Everywhere<V>{vectors[c]}...), first + c, kTwo ? second + c : nullptr);
+    sum_pixels<kTwo>(grid, next, rows.from * d.channels, make(Repeated<V>(vectors, grid).data...), first, second);
+    return;
+  }
+  for (Index c = rows.from; c < rows.to; ++c) {
+    fetch(next, c * d.area, d.area);
+    sum_row(c * d.area, d.area, make(Everywhere<V>{vectors[c]}...), first + c, kTwo ? second + c : nullptr);
   }
 }
 
 // ---- passes over some rows of a sample ----
 
-template <typename M, typename T> void sum_map(const M* z, const Shape& d, Rows rows, T* sum) {
+template <typename M, typename T> void sum_map(const M* z, const M* next, const Shape& d, Rows rows, T* sum) {
   auto make = [=] { return [=](Index at, Index, T& sum, T&) { sum += z[at]; }; };
-  sum_elements<false>(d, rows, make, sum, sum);
+  sum_elements<false>(d, next, rows, make, sum, sum);
 }
 
 // Sum of a row, and of squared deviations from its mean: squares of large means would cancel.
@@ -216,7 +227,7 @@ template <typename M, typename T> void sum_moments(const M* z, const Shape& d, R
       squares += v * v;
     };
   };
-  sum_elements<true>(d, rows, make, sum, square, pixel.data());
+  sum_elements<true, M>(d, nullptr, rows, make, sum, square, pixel.data());
 }
 
 // ---- what sums of a sample's rows become ----
@@ -271,7 +282,7 @@ void affine_sums(M* z, const T* centre, const T* scale, const T* offset, T* sum,
       sum += y;
     };
   };
-  sum_elements<false>(d, rows, make, sum, sum, centre, scale, offset);
+  sum_elements<false, M>(d, nullptr, rows, make, sum, sum, centre, scale, offset);
 }
 
 // g = grad where an activation, if there was one, let it through; sums of g * (z - centre) and of g, or of grad.
@@ -287,7 +298,7 @@ void dots(const M* grad, const M* out, const M* z, M* g, const T* centre, T* dot
       sum += v;
     };
   };
-  sum_elements<true>(d, rows, make, dots, total, centre);
+  sum_elements<true, M>(d, nullptr, rows, make, dots, total, centre);
 }
 
 // dz = g * scale + (z - centre) * slope + shift

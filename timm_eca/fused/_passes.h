@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr Index kCached = 1 << 20;  // elements of a sample that the caches still hold when its turn comes
+constexpr Index kCached = 1 << 20;  // elements of a sample that the caches still hold when they are read again
 
 // exp for sums of a few terms, written so that compilers vectorise it: 2^n times a Taylor series on [-ln2/2, ln2/2].
 template <typename T> struct Exp;
@@ -178,9 +178,11 @@ void forward(const Shape& d, const M* z, const Other<M, T>& other, M* out, const
   if (out) scale = gain + channels, offset = scale + vectors;
   T* square = offset;
   for (Index c = 0; c < channels; ++c) gain[c] = other.mean ? other.gain(c) : T(1);
+  bool in_turn = reading != Read::kMoments && parts_of(d) == 1;  // a sample's second read is from the cache
+  bool fetches = in_turn && reading == Read::kPool && sample <= kCached;
   auto sum = [=](Index b, Rows rows, T* first, T* second) {
-    const M* map = z + b * sample;
-    reading == Read::kMoments ? sum_moments(map, d, rows, first, second) : sum_map(map, d, rows, first);
+    const M *map = z + b * sample, *next = fetches && other.map ? other.map + b * sample : nullptr;
+    reading == Read::kMoments ? sum_moments(map, d, rows, first, second) : sum_map(map, next, d, rows, first);
   };
   auto finish = [=](Index b) {
     Index v = b * channels;
@@ -196,15 +198,13 @@ void forward(const Shape& d, const M* z, const Other<M, T>& other, M* out, const
     const T* centre = centre_of(w, pooled, b * channels);
     if (out) apply(z, other, out, centre, scale, offset, gain, next, d, b, rows, act);
   };
-  if (reading != Read::kMoments && parts_of(d) == 1) {  // a sample at a time: its second read is from the cache
+  if (in_turn) {
     norm_of(w, channels, inverse, norm);
-    bool reads = reading == Read::kPool;
-    Index asking = reads && sample <= kCached ? d.batch - 1 : 0;
     for_samples(d, [=](Index b) {
       Rows all{0, d.rows()};
-      if (reads) sum(b, all, pooled + b * channels, nullptr), finish(b);
+      if (reading == Read::kPool) sum(b, all, pooled + b * channels, nullptr), finish(b);
       gains(b);
-      write(b < asking ? z + (b + 1) * sample : nullptr, b, all);
+      write(fetches && b + 1 < d.batch ? z + (b + 1) * sample : nullptr, b, all);
     });
     return;
   }
