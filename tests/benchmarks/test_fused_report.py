@@ -49,6 +49,21 @@ def test_bytes_that_a_tail_moves(repository, monkeypatch):
         assert {tails["bytes_moved"](block, "training", 1, 10) for block in found} == training
 
 
+def test_graph_of_a_tail(repository, monkeypatch):
+    """It is called alone from the second time on, and computes what the tail does of other maps than the first."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    tails = runpy.run_path(str(repository / "benchmarks" / "tails.py"))
+    block, shapes, _ = next(tails["distinct_tails"]("resnet18", 2, 32))
+    tail = tails["TAILS"]["eca"]
+    graph = tails["graph_of"](tails["in_place"](tail))
+    with torch.no_grad():
+        for _ in range(2):
+            maps = tails["random_maps"](shapes, "cpu", torch.contiguous_format)
+            expected = tail(block.eval(), *(given.clone() for given in maps))
+            graph(block, *maps)
+            torch.testing.assert_close(maps[:2], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_to_measure_on(repository, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
