@@ -125,13 +125,14 @@ def test_other_convolutions_are_there():
     assert found == OTHER_CONVOLUTIONS.keys()
 
 
+@pytest.fixture(scope="class")
+def plain(name):
+    """A model without attention, of which tests make copies."""
+    return create(name)
+
+
 @pytest.mark.parametrize("name", SMALL, scope="class")  # all tests of a name in turn, with the same plain model
 class TestAsAModel:
-    @pytest.fixture(scope="class")
-    def plain(self, name):
-        """A model without attention, of which tests make copies."""
-        return create(name)
-
     def test_identity_start(self, name, plain):
         sites = {where: tuple(plan_attn(plain, attn_where=where)) for where in {keeping(plain), "add"}}
         x = image(name)
