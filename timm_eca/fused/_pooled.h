@@ -150,16 +150,16 @@ void norm_pool(const Shape& d, M* z, const Weights<T>& w, const Conv<T>& conv, T
   if (w.beta) std::copy_n(w.beta, channels, offset);
   auto run = act == Act::kNone   ? affine_sums<M, T, Act::kNone>
              : act == Act::kRelu ? affine_sums<M, T, Act::kRelu> : affine_sums<M, T, Act::kRelu6>;
-  bool at_once = parts_of(d) == 1;  // a sample's borders are still in the cache then
+  bool in_turn = parts_of(d) == 1;  // a sample's borders are still in the cache then
   auto meet = [=](Index b) {
     Index v = b * channels;
-    if (taps > 1) sum_taps(z + v * d.area, d, conv, total + v, met + taps * v);
+    sum_taps(z + v * d.area, d, conv, total + v, met + taps * v);
   };
   sum_parts(d, total, unused, [=](Index b, Rows rows, T* sum, T*) {
     run(z + b * channels * d.area, w.mean, norm, offset, sum, d, rows);
-    if (at_once) meet(b);
+    if (taps > 1 && in_turn) meet(b);
   });
-  if (!at_once) for_samples(d, meet);
+  if (taps > 1 && !in_turn) for_samples(d, meet);
   Index terms = taps * channels;
   in_parallel(d, (conv.made + kTogether - 1) / kTogether, [=](Index tile) {
     Index first = tile * kTogether, end = std::min(first + kTogether, conv.made), b = 0;
