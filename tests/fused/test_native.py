@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_eca.fused import native, passes
-from timm_eca.fused.formula import Moments, Norm, Running, TailWeights, gains_of_map
+from timm_eca.fused.formula import Act, Moments, Norm, Running, TailWeights, gains_of_map
 from timm_eca.fused.operators import operator_gains
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="the compiled passes are not built here")
@@ -271,6 +271,31 @@ class TestPooledBefore:
         found, pooled, _ = native.forward(z, shortcut, weights, True, inplace)
         compare([found], [expected], dtype)
         assert pooled is given
+
+
+class TestNothing:
+    """What is not there, or not asked for, is None, as an empty tensor takes as long to make as any."""
+
+    @OF_BATCH
+    @pytest.mark.parametrize("inplace", [True, False], ids=["in place", "new"])
+    @pytest.mark.parametrize("gated", [True, False])
+    def test_results(self, gated, inplace, of_batch):
+        weights = weights_of((2, 4, 3, 3), torch.float64, of_batch, 3)
+        vectors = weights.weight, weights.bias, weights.kernel if gated else None, *(weights.moments or (None, None))
+        found = native.train(torch.randn(2, 4, 3, 3).double(), None, (*vectors, None), None, 1e-5, Act.RELU, inplace)
+        assert [t is not None for t in found] == [not inplace, gated, of_batch, of_batch]
+
+    @pytest.mark.parametrize("act", [Act.NONE, Act.RELU])
+    @pytest.mark.parametrize("for_z", [True, False])
+    @pytest.mark.parametrize("gated", [True, False])
+    def test_gradients(self, gated, for_z, act):
+        weights = weights_of((2, 4, 3, 3), torch.float64, False, 3)
+        grad, z = torch.randn(2, 2, 4, 3, 3).double().unbind()
+        vectors = weights.weight, weights.bias, weights.kernel if gated else None, *weights.moments
+        saved = None if act == Act.NONE else z.relu(), z, z.mean((2, 3)) if gated else None, *vectors, None
+        found = native.gradients_of(grad, saved, 1e-5, act, True, for_z)
+        shortcut = gated or act == Act.NONE
+        assert [t is not None for t in found] == [for_z, shortcut, True, True, gated]
 
 
 def assert_rounded_once(actual: Tensor, expected: Tensor) -> None:

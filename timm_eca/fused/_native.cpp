@@ -120,13 +120,13 @@ struct Gradients {
 
   void make(Index channels, Index size, std::int32_t dtype) {
     gamma = Tensor::empty({channels}, dtype), beta = Tensor::empty({channels}, dtype);
-    kernel = Tensor::empty({1, 1, size}, dtype);
+    if (size) kernel = Tensor::empty({1, 1, size}, dtype);
   }
 
   void give(Stack& s) {
     const std::int32_t* type = types_;
     for (Tensor* t : {&gamma, &beta, &kernel}) {
-      s.give(*type && *type != t->dtype() ? t->to(*type) : std::move(*t));
+      s.give(*t && *type && *type != t->dtype() ? t->to(*type) : std::move(*t));
       ++type;
     }
   }
@@ -236,20 +236,21 @@ void tail(Value* stack, std::uint64_t, std::uint64_t) {
     if (of_batch && d.batch * d.area == 1) return false;  // batch norm has its own error for a single value
     if (!own.fit<M, T>(d) || !running.fit<M, T>(d) || (shortcut && !lay_out(shortcut, z))) return false;
     if (!inplace) out = Tensor::like(z, kType<M>);
-    pooled = Tensor::empty({d.batch, d.channels}, kType<T>);
+    if (own.kernel) pooled = Tensor::empty({d.batch, d.channels}, kType<T>);
+    std::vector<T> unkept(own.kernel ? 0 : d.batch * d.channels);
+    T* means = own.kernel ? pooled.data<T>() : unkept.data();
     Weights<T> w = own.weights<T>(eps);
     if (of_batch) {
       mean = Tensor::empty({d.channels}, kType<T>), var = Tensor::empty({d.channels}, kType<T>);
       w.mean = mean.data<T>(), w.var = var.data<T>();
     }
     forward<M, T>(d, z.data<M>(), {shortcut.data<M>()}, (inplace ? z : out).data<M>(), w, mean.data<T>(), var.data<T>(),
-                  pooled.data<T>(), nullptr, nullptr, of_batch ? Read::kMoments : Read::kPool, act);
+                  means, nullptr, nullptr, of_batch ? Read::kMoments : Read::kPool, act);
     running.update(d, w.mean, w.var, factor);
-    if (!own.kernel) pooled = Tensor();
     return true;
   });
   s.give(taken);
-  for (Tensor* t : {&out, &pooled, &mean, &var}) s.give_or_empty(std::move(*t), z.dtype());
+  for (Tensor* t : {&out, &pooled, &mean, &var}) s.give(std::move(*t));
 }
 
 void tail_backward(Value* stack, std::uint64_t, std::uint64_t) {
@@ -277,7 +278,7 @@ void tail_backward(Value* stack, std::uint64_t, std::uint64_t) {
   });
   if (!taken) throw std::runtime_error("timm_eca: a tail's gradient has another shape or type than its map.");
   if (!own.kernel) masked = Tensor();
-  s.give_or_empty(std::move(dz), z.dtype()), s.give_or_empty(std::move(masked), z.dtype());
+  s.give(std::move(dz)), s.give(std::move(masked));
   of.give(s);
 }
 
@@ -340,7 +341,7 @@ void gains_backward(Value* stack, std::uint64_t, std::uint64_t) {
 }  // namespace
 
 // What native.py's schemas are to be: the same number is there, and grows with each change of what operators take.
-extern "C" int timm_eca_interface() { return 3; }
+extern "C" int timm_eca_interface() { return 4; }
 
 // Makes the operators' kernels known to PyTorch, which has their schemas. Returns whether it took them.
 extern "C" bool timm_eca_register(const Api* found) {

@@ -33,6 +33,7 @@ struct Api {
   int (*copy)(Handle to, Handle from, std::int32_t non_blocking);
   int (*new_handle)(Handle of, Handle*);
   int (*delete_tensor)(Handle);
+  int (*undefined)(Handle*);
   int (*delete_value)(Value*);  // null before PyTorch 2.13, where the operator deletes
 };
 
@@ -173,7 +174,13 @@ class Stack {
   bool flag() { return as<bool>(*next_++); }
 
   void give(bool value) { *given_++ = value; }
-  void give(Tensor tensor) { *given_++ = reinterpret_cast<Value>(tensor.release()); }
+  // None where there is no tensor: an empty one takes as long to make as any.
+  void give(Tensor tensor) {
+    Handle handle = tensor.release();
+    if (!handle) check(api.undefined(&handle));
+    *given_++ = reinterpret_cast<Value>(handle);
+  }
+  // For graphs, whose operators cannot return None.
   void give_or_empty(Tensor tensor, std::int32_t dtype) {
     give(tensor ? std::move(tensor) : Tensor::empty({0}, dtype));
   }

@@ -12,6 +12,7 @@ import ctypes
 from collections.abc import Iterable
 from importlib.util import find_spec
 from math import nan
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +58,12 @@ _SCHEMAS = {
     "norm_pool_": f"{_OF_NORM} -> Tensor",
     "graph_norm_pool_": f"{_OF_NORM} -> Tensor",
     # Without moments, by the batch's, which the running ones are updated by; a factor of nan is 1 / seen. Returns
-    # whether such tensors are taken, the result, z pooled, and the batch's moments.
+    # whether such tensors are taken, the result but in place, z pooled if there is a gate, and the batch's moments; the
+    # others are None.
     "tail": f"(Tensor(a!) z, Tensor? shortcut, {_OF_ALL}, Tensor(b!)? running_mean, Tensor(c!)? running_var,"
     " Tensor(d!)? seen, float factor, float eps, int act, bool inplace) -> (bool, Tensor, Tensor, Tensor, Tensor)",
-    # Returns the gradients of z, shortcut, weight, bias and kernel; without out, that of the shortcut is grad.
+    # Returns the gradients of z, shortcut, weight, bias and kernel. None: of z where it is not asked for, of a kernel
+    # that is not there, and of the shortcut where there is no kernel, or no out, and so it is grad.
     "tail_backward": f"(Tensor grad, Tensor? out, Tensor z, Tensor? pooled, {_OF_ALL}, float eps, int act,"
     " bool of_batch, bool for_z) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # What operators.py has for graphs.
@@ -71,7 +74,7 @@ _SCHEMAS = {
 _INPLACE = ("infer_", "graph_infer_", "norm_pool_", "graph_norm_pool_")
 # The libraries that a processor takes, by the capability that PyTorch finds in it, best first.
 _LIBRARIES = {"AVX512": ("_native_avx512", "_native"), "AVX2": ("_native",)}
-_INTERFACE = 3  # as in _native.cpp; grows with each change of a schema
+_INTERFACE = 4  # as in _native.cpp; grows with each change of a schema
 # PyTorch's functions that the operators call, in the order in which `_torch.h` has them.
 _API = (
     "aoti_torch_library_init_impl",
@@ -85,6 +88,7 @@ _API = (
     "aoti_torch_copy_",
     "aoti_torch_new_tensor_handle",
     "aoti_torch_delete_tensor_object",
+    "aoti_torch_new_uninitialized_tensor",
     "torch_delete_stable_ivalue",
 )
 
@@ -243,11 +247,12 @@ def train(
     eps: float,
     act: int,
     inplace: bool,
-) -> list[Tensor] | None:
+) -> list[Any] | None:
     """Return the result, z pooled, and the batch's moments, or None as `infer` does. Arguments are as `infer`'s.
 
-    Without moments among the vectors it is the batch's that are used, and that the running ones are updated by. In
-    place, the result is where z was, and what is returned first is empty.
+    Without moments among the vectors it is the batch's that are used, and that the running ones are updated by; with
+    them None is returned in their place. So it is of the pooled z without a kernel, and in place of the result, which
+    then is where z was.
     """
     mean, var, factor, seen = running or _NO_RUNNING
     if not (_loaded and z.is_cpu and are_plain((z, shortcut, mean, var, *vectors))):
@@ -273,8 +278,8 @@ def backward(
 
 def gradients_of(
     grad: Tensor, saved: tuple[Tensor | None, ...], eps: float, act: int, of_batch: bool, for_z: bool
-) -> tuple[Tensor, ...]:
-    """Return the gradients of z, shortcut, weight, bias and kernel, that of z where it is asked for.
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of z, shortcut, weight, bias and kernel, None for what is not asked for or not there.
 
     Args:
         grad: Gradient of the output.

@@ -104,7 +104,6 @@ class _FusedTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z, shortcut, weight, bias, kernel, made):
         out, pooled, mean, var, drop, ctx.rest = made
-        pooled = None if kernel is None else pooled
         ctx.save_for_backward(out if ctx.rest[3] else None, z, pooled, weight, bias, kernel, mean, var, drop)
         return out
 
