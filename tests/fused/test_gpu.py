@@ -203,11 +203,12 @@ class TestTakes:
 
     @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
     def test_where_triton_cannot_compile(self):
-        gpu._compiles.cache_clear()
+        there = (torch.device("cuda:0"), torch.float32, False)
+        gpu._proven.cache_clear()
         with pytest.warns(UserWarning, match="as PyTorch's operations on cuda:0, slower than they could, because"):
-            assert not gpu._compiles(0)
-        assert not gpu._compiles(0)  # and does not say so again
-        gpu._compiles.cache_clear()
+            assert not gpu._proven(*there)
+        assert not gpu._proven(*there)  # and does not say so again
+        gpu._proven.cache_clear()
 
     @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
     def test_gpu(self):

@@ -1,7 +1,8 @@
 """The compiled passes of a fused tail on a GPU: the kernels of `_kernels.py`, which Triton compiles when first called.
 
-They are on a GPU what `native.py` is on a CPU. Triton comes with PyTorch's builds for GPUs; where it is missing or
-cannot compile, the passes of PyTorch do the same.
+They are on a GPU what `native.py` is on a CPU. Triton comes with PyTorch's builds for GPUs. Before they are used on a
+GPU they are tried there; where Triton is missing, cannot compile, or what it makes computes something else, the passes
+of PyTorch do the same.
 """
 
 import warnings
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .formula import Moments, Norm, TailWeights, layout_of, update_running, vector_dtype
+from .trial import try_passes
 
 __all__ = ["backward", "forward", "takes"]
 
@@ -26,7 +28,7 @@ _NO_NORM = Norm(None, None, None, None, 0.0)  # type: ignore[arg-type]
 
 
 def takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
-    """Whether the kernels take a map, a shortcut of its type and vectors: all on one GPU that Triton compiles for."""
+    """Whether the kernels take a map, a shortcut of its type and vectors: all on one GPU, where they are right."""
     if not z.is_cuda or z.dtype not in _DTYPES or z[0].numel() >= 1 << 31 or weights.kernel is None:
         return False
     kernel, _, weight, bias, moments, _, drop, _, shortcut_norm, pooled = weights
@@ -34,19 +36,18 @@ def takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
         if t is not None and not (t.dtype in _DTYPES and t.device == z.device and t.is_contiguous()):
             return False
     fits = shortcut is None or (shortcut.dtype == z.dtype and shortcut.device == z.device and shortcut.shape == z.shape)
-    return fits and _compiles(z.get_device())
+    return fits and _proven(z.device, z.dtype, not z.is_contiguous())
 
 
 @cache
-def _compiles(device: int) -> bool:
-    """Whether Triton is there, supports a GPU, and finds the compiler it needs, tried once."""
+def _proven(device: torch.device, dtype: torch.dtype, nhwc: bool) -> bool:
+    """Whether Triton compiles the kernels for a GPU, and they compute there what they are to, tried once."""
     try:
-        z = torch.zeros((1, 1, 1, 1), device=f"cuda:{device}")
-        _pool(z, _Layout.of(z), spread=False)
+        try_passes(forward, backward, device, dtype, nhwc)
     except Exception as error:  # of many kinds
         warnings.warn(
-            f"timm_eca: fused tails run as PyTorch's operations on cuda:{device}, slower than they could, because"
-            f" Triton does not compile there: {type(error).__name__}: {error}",
+            f"timm_eca: fused tails of {dtype} run as PyTorch's operations on {device}, slower than they could, because"
+            f" a trial of Triton's kernels ended there in {type(error).__name__}: {error}",
             stacklevel=2,
         )
         return False
