@@ -66,8 +66,11 @@ def tried_anew():
     gpu._proven.cache_clear()
 
 
-@DTYPES
-@LAYOUTS
+@pytest.mark.parametrize(
+    ("dtype", "nhwc"),
+    [(torch.float32, False), (torch.float32, True), (torch.float64, False), (torch.bfloat16, True)],
+    ids=str,
+)
 def test_kernels(tried_anew, dtype, nhwc):
     assert gpu._proven(CPU, dtype, nhwc)
 
