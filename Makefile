@@ -24,7 +24,7 @@ bench: $(VENV)/.with-dev
 	$(BIN)/python benchmarks/complexity.py
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/speed.py --tail --engines eager
+	$(BIN)/python benchmarks/speed.py --tail --engines eager --keep-memory --threads 1
 	$(BIN)/python benchmarks/fused_report.py
 
 hub-configs: $(VENV)/.with-dev

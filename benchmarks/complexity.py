@@ -1,7 +1,7 @@
 """Write the full complexity report to benchmarks/results/ in three formats, and its short form into README.md.
 
 The counting itself is `timm-eca complexity`, which works without this folder; so do the paper's numbers, package data
-of timm_eca.complexity.
+of timm_eca.
 """
 
 import argparse

@@ -127,6 +127,19 @@ class TestFormats:
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         assert "tag" not in config["pretrained_cfg"]  # not the authors' weights
 
+    @pytest.mark.parametrize(
+        ("name", "sizes"), [("eca_inception_v3", (3, 5, 9)), ("eca_resnext50_32x4d", (5, 5, 5, 7))]
+    )
+    def test_models_of_no_release(self, tmp_path, name, sizes):
+        weights = randomize_(timm.create_model(name, kernel_sizes=sizes, num_classes=3)).state_dict()
+        save_file(weights, tmp_path / "weights")
+        found = convert(tmp_path / "weights", tmp_path / "out")
+        assert (found.model, found.kernel_sizes) == (name, sizes)
+        again = hub.load(tmp_path / "out").state_dict()
+        assert again.keys() == weights.keys()
+        assert all(torch.equal(again[key], weights[key]) for key in weights)
+        hub.verify(tmp_path / "out")
+
     def test_other_kernel_sizes_and_channels(self, tmp_path):
         model = timm.create_model("eca_resnet18", kernel_sizes=(1, 9, 3, 5), in_chans=1, num_classes=4)
         torch.save(model.state_dict(), tmp_path / "w.pth")

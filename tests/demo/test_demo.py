@@ -1,4 +1,4 @@
-"""The demo for real, one epoch instead of ten."""
+"""The demo for real, two epochs instead of ten."""
 
 import json
 import os

@@ -70,10 +70,12 @@ class TestKernelSizes:
         assert kernel_sizes(model) == [1, 1, 3, 3, 5, 5, 7, 7]
         model = timm.create_model("eca_mobilenetv2_050", kernel_sizes=(1, 1, 1, 1, 1, 1, 5), device="meta")
         assert kernel_sizes(model) == [1] * 16 + [5]
+        model = timm.create_model("eca_inception_v3", kernel_sizes=(3, 5, 9), device="meta")  # stages 5 to 7 carry it
+        assert kernel_sizes(model) == [3] * 3 + [5] * 4 + [9] * 2
 
     @pytest.mark.parametrize("value", [(3, 5), "adaptiv", 3.0, (3, 5, 7, 7, 7)])
     def test_refused(self, value):
-        message = r"kernel_sizes must be 'adaptive', an odd number, or 4 odd numbers, one per stage, got"
+        message = r"kernel_sizes must be 'adaptive', an odd number, or 4 odd numbers, one per stage \(1 to 4\), got"
         with pytest.raises(ValueError, match=message):
             timm.create_model("eca_resnet18", kernel_sizes=value)
 

@@ -3,7 +3,7 @@
 A graph calls them where a compiler has no fast loops of its own: for the statistics, and for what follows from them.
 What is done to the map with them is the compiler's, which has shortcut, norms and ReLU in the same loop.
 `torch.ops.timm_eca.gains` and `gains_backward` take and give tensors alone. An empty tensor stands for what is not
-asked for, because an operator cannot return None, nor what it was given.
+asked for: in a graph an operator cannot return None, nor what it was given.
 """
 
 from typing import Any

@@ -89,7 +89,8 @@ class EcaLayer(nn.Module):
         input (B, C, H, W), output (B, C, H, W) in the memory format of the input.
 
     Raises:
-        ValueError: If neither channels nor kernel_size is given, or kernel_size is not an odd positive integer.
+        ValueError: If neither channels nor kernel_size is given, kernel_size is not an odd positive integer, channels
+            not a positive integer or gamma not positive, or gate_layer is no activation.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ def create_eca(
     name: str,
     backbone: str,
     preset: KernelSizes,
-    stages: int,
+    stages: Sequence[int],
     pretrained: bool = False,
     kernel_sizes: KernelSizes | None = None,
     attn_kwargs: dict[str, Any] | None = None,
@@ -55,7 +55,7 @@ def create_eca(
         name: Name under which the model is registered.
         backbone: Name of timm's model that carries the layer.
         preset: Kernel sizes used where none are asked for.
-        stages: Number of stages of the backbone.
+        stages: Numbers of the stages that carry the layer.
         pretrained: Load the weights of the model's default cfg.
         kernel_sizes: Kernel sizes asked for.
         attn_kwargs: Further keyword arguments of `EcaLayer`.
@@ -72,13 +72,15 @@ def create_eca(
             f"attn_kwargs of {name} must be a dict without kernel_size, got {attn_kwargs!r}; use kernel_sizes."
         )
     sizes = _per_stage(preset if kernel_sizes is None else kernel_sizes, stages)
+    of_stages: list[dict[str, Any]] = [{}] * (stages[0] - 1)
+    of_stages += [{**(attn_kwargs or {}), "kernel_size": size} for size in sizes]
     cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
     cfg = from_own_org(cfg)
     model = model_entrypoint(backbone)(
         pretrained=pretrained,
         pretrained_cfg=checked_source(cfg, kwargs.get("cache_dir")) if pretrained else cfg,
         attn_layer="eca",
-        attn_kwargs=[{**(attn_kwargs or {}), "kernel_size": size} for size in sizes],
+        attn_kwargs=of_stages,
         **kwargs,
     )
     model.attn_backbone = backbone
@@ -86,13 +88,14 @@ def create_eca(
     return model
 
 
-def _per_stage(kernel_sizes: KernelSizes, stages: int) -> list[int | None]:
+def _per_stage(kernel_sizes: KernelSizes, stages: Sequence[int]) -> list[int | None]:
     if kernel_sizes == "adaptive":
-        return [None] * stages
+        return [None] * len(stages)
     if isinstance(kernel_sizes, int):
-        return [kernel_sizes] * stages
-    if isinstance(kernel_sizes, (list, tuple)) and len(kernel_sizes) == stages:
+        return [kernel_sizes] * len(stages)
+    if isinstance(kernel_sizes, (list, tuple)) and len(kernel_sizes) == len(stages):
         return list(kernel_sizes)
     raise ValueError(
-        f"kernel_sizes must be 'adaptive', an odd number, or {stages} odd numbers, one per stage, got {kernel_sizes!r}."
+        f"kernel_sizes must be 'adaptive', an odd number, or {len(stages)} odd numbers, one per stage"
+        f" ({stages[0]} to {stages[-1]}), got {kernel_sizes!r}."
     )

@@ -20,4 +20,6 @@ default_cfgs = generate_default_cfgs({**_cfg("eca_inception_v3")})
 
 def eca_inception_v3(pretrained: bool = False, **kwargs) -> nn.Module:
     """ECA-Inception-v3; its stages are numbered as in timm's names, 5 for Mixed_5b to 7 for Mixed_7c."""
-    return create_eca("eca_inception_v3", "inception_v3", "adaptive", stages=7, pretrained=pretrained, **kwargs)
+    return create_eca(
+        "eca_inception_v3", "inception_v3", "adaptive", stages=range(5, 8), pretrained=pretrained, **kwargs
+    )

@@ -22,7 +22,7 @@ default_cfgs = generate_default_cfgs(
     {**_cfg("eca_mobilenetv2_050"), **_cfg("eca_mobilenetv2_100"), **_cfg("eca_mobilenetv2_140")}
 )
 
-_eca_mobilenetv2 = partial(create_eca, preset=KERNEL_SIZES, stages=len(STAGE_WIDTHS))
+_eca_mobilenetv2 = partial(create_eca, preset=KERNEL_SIZES, stages=range(1, len(STAGE_WIDTHS) + 1))
 
 
 def eca_mobilenetv2_050(pretrained: bool = False, **kwargs) -> nn.Module:

@@ -27,7 +27,7 @@ default_cfgs = generate_default_cfgs({k: v for name in KERNEL_SIZES for k, v in 
 
 
 def _eca_resnet(name: str, backbone: str, **kwargs: Any) -> nn.Module:
-    return create_eca(name, backbone, KERNEL_SIZES[name], stages=4, **{"zero_init_last": False, **kwargs})
+    return create_eca(name, backbone, KERNEL_SIZES[name], stages=range(1, 5), **{"zero_init_last": False, **kwargs})
 
 
 def eca_resnet18(pretrained: bool = False, **kwargs) -> nn.Module:

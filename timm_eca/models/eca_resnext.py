@@ -16,7 +16,7 @@ default_cfgs = generate_default_cfgs({**_cfg("eca_resnext50_32x4d"), **_cfg("eca
 
 
 def _eca_resnext(name: str, backbone: str, **kwargs: Any) -> nn.Module:
-    return create_eca(name, backbone, "adaptive", stages=4, **{"zero_init_last": False, **kwargs})
+    return create_eca(name, backbone, "adaptive", stages=range(1, 5), **{"zero_init_last": False, **kwargs})
 
 
 def eca_resnext50_32x4d(pretrained: bool = False, **kwargs) -> nn.Module:
