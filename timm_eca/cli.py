@@ -23,8 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     plan = commands.add_parser("plan", help="show where attention goes in a model")
     plan.add_argument("name", help="name of a timm model")
-    plan.add_argument("--attn", default="eca", help="name of the layer (default: %(default)s); eca_* models have their own")
-    plan.add_argument("--where", default="auto", help="auto, end, add or stage (default: %(default)s); likewise")
+    plan.add_argument("--attn", default="eca", help="name of the layer (default: %(default)s; eca_* models: their own)")
+    plan.add_argument("--where", default="auto", help="auto, end, add or stage (default: %(default)s; likewise)")
     plan.set_defaults(run=_plan)
     coverage = commands.add_parser("coverage", help="build every timm model with ECA and tabulate where it sits")
     coverage.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
@@ -52,8 +52,9 @@ def _add_convert(commands) -> None:
     convert = commands.add_parser(
         "convert",
         help="turn an official or timm training checkpoint of an eca_* model into Hub format",
-        description="Turn a checkpoint of the paper's authors or of timm's train.py, or a state dict, of one of the eca_* models, into a"
-        " folder in Hub format. The model and its kernel sizes are inferred from the weights; no code of a pickle is run.",
+        description="Turn a checkpoint of the paper's authors or of timm's train.py, or a state dict, of one of the"
+        " eca_* models, into a folder in Hub format. The model and its kernel sizes are inferred from the weights; no"
+        " code of a pickle is run.",
     )
     convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="file of torch.save or safetensors")
     convert.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write, new or empty")

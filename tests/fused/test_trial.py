@@ -38,6 +38,8 @@ def test_each_result_counts(dtype, spoiled):
 
     def forward(*args):
         out, pooled, moments = passes.forward(*args)
+        if args[-1]:  # in place: tried by itself
+            return out, pooled, moments
         out, pooled, *moments = (off(i, t) for i, t in enumerate((out, pooled, *moments)))
         return out, pooled, Moments(*moments)
 
@@ -46,6 +48,15 @@ def test_each_result_counts(dtype, spoiled):
 
     with pytest.raises(AssertionError, match="not close"):
         try_passes(forward, backward, CPU, dtype, nhwc=False)
+
+
+@pytest.mark.parametrize("ignored", ["shortcut_norm", "drop"])
+def test_each_part_of_inference_counts(ignored):
+    def forward(z, shortcut, weights, relu, inplace):
+        return passes.forward(z, shortcut, weights._replace(**{ignored: None}) if inplace else weights, relu, inplace)
+
+    with pytest.raises(AssertionError, match="not close"):
+        try_passes(forward, passes.backward, CPU, torch.float32, nhwc=False)
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu")])

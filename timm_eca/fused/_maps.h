@@ -32,6 +32,7 @@ constexpr Index kLanes = 32;      // sums that a long row of an NCHW map is adde
 constexpr Index kFewLanes = 8;    // those of a short one, and of what is left
 constexpr Index kLong = 128;      // elements of a long row
 constexpr Index kLine = 64;       // bytes of a cache line
+constexpr Index kUnlike = 1024;   // squared deviations of a pixel that is unlike the others, 1 being the mean
 
 // ---- elements ----
 
@@ -213,21 +214,30 @@ template <typename M, typename T> void row_moments(const M* z, Index n, T* sum, 
   sum_row<T>(0, n, add, square, nullptr);
 }
 
-// The same of NHWC maps, which are read once: both are of deviations from the first pixel, which `moments` puts right.
+// Sums of deviations of an NHWC map, and of their squares.
+template <typename M, typename T>
+void sum_deviations(const M* z, const T* from, const Shape& d, Rows rows, T* sum, T* square) {
+  auto make = [=](auto from) {
+    return [=](Index at, Index c, T& sum, T& squares) {
+      T v = z[at] - from[c];
+      sum += v;
+      squares += v * v;
+    };
+  };
+  sum_elements<true, M>(d, nullptr, rows, make, sum, square, from);
+}
+
+// A pixel that is like others, which the first, beside the padding, may not be.
+template <typename M> const M* typical(const M* z, const Shape& d) { return z + d.area / 2 * d.channels; }
+
+// The same of NHWC maps, which are read once: both are of deviations from one pixel, which `moments` puts right.
 template <typename M, typename T> void sum_moments(const M* z, const Shape& d, Rows rows, T* sum, T* square) {
   if (!d.nhwc) {
     for (Index c = rows.from; c < rows.to; ++c) row_moments(z + c * d.area, d.area, sum + c, square + c);
     return;
   }
-  std::vector<T> pixel(z, z + d.channels);
-  auto make = [=](auto first) {
-    return [=](Index at, Index c, T& sum, T& squares) {
-      T v = z[at] - first[c];
-      sum += v;
-      squares += v * v;
-    };
-  };
-  sum_elements<true, M>(d, nullptr, rows, make, sum, square, pixel.data());
+  const M* pixel = typical(z, d);
+  sum_deviations(z, std::vector<T>(pixel, pixel + d.channels).data(), d, rows, sum, square);
 }
 
 // ---- what sums of a sample's rows become ----
@@ -236,14 +246,22 @@ template <typename T> void means(const Shape& d, T* sum) {
   for (Index c = 0; c < d.channels; ++c) sum[c] /= T(d.area);
 }
 
-// Means, and sums of squared deviations from them.
+// Means, and sums of squared deviations from them. Where the pixel turns out to be unlike the others, most digits have
+// cancelled, and the map is read once more.
 template <typename M, typename T> void moments(const M* z, const Shape& d, T* sum, T* square) {
   means(d, sum);
   if (!d.nhwc) return;
+  const M* pixel = typical(z, d);
+  bool lost = false;
   for (Index c = 0; c < d.channels; ++c) {
-    square[c] -= sum[c] * sum[c] * T(d.area);
-    sum[c] += z[c];
+    T off = sum[c] * sum[c] * T(d.area);
+    square[c] -= off;
+    lost |= square[c] * T(kUnlike) < off;
+    sum[c] += pixel[c];
   }
+  if (!lost) return;
+  std::vector<T> rest(d.channels);
+  sum_deviations(z, sum, d, {0, d.area}, rest.data(), square);
 }
 
 // ---- what is written to some rows of a sample ----
@@ -291,8 +309,8 @@ void dots(const M* grad, const M* out, const M* z, M* g, const T* centre, T* dot
           Rows rows) {
   auto make = [=](auto m) {
     return [=](Index at, Index c, T& dot, T& sum) {
-      T d = grad[at], v = kAct != Act::kNone && !(out[at] > T(0)) ? T(0) : d;
-      if (kAct == Act::kRelu6) v = out[at] < T(6) ? v : T(0);
+      T d = grad[at], v = kAct != Act::kNone && out[at] <= T(0) ? T(0) : d;
+      if (kAct == Act::kRelu6) v = out[at] >= T(6) ? T(0) : v;
       if (kAct != Act::kNone) g[at] = v;
       dot += v * (z[at] - m[c]);
       sum += v;

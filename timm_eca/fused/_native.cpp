@@ -265,6 +265,7 @@ void tail_backward(Value* stack, std::uint64_t, std::uint64_t) {
   bool taken = by_type(z, [&](auto m, auto t) {
     using M = decltype(m);
     using T = decltype(t);
+    if (!is_map(z)) z = z.to(kType<M>);  // a hook on saved tensors may have laid it out anew
     if (!lay_out(grad, z) || (out && !lay_out(out, z))) return false;
     Shape d = shape_of(z);
     if (for_z) dz = Tensor::like(z, kType<M>);

@@ -67,7 +67,9 @@ class FusedBlock(nn.Module):
             return fused_forward(self, parts, *args, compiled_tail, graph_pool)
         return fused_forward(self, parts, *args, eager_tail, compiled_pool)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if FusedBlock not in type(self).__bases__:  # a class that somebody made of the fused one
+            return super().__reduce_ex__(protocol)
         plain = plain_class(type(self))
         kept = self.__getstate__()
         state = {name: value for name, value in kept.items() if name not in self.__jit_ignored_attributes__}
@@ -97,8 +99,15 @@ def fuse_(model: _ModelT) -> _ModelT:
 
 
 def unfuse_(model: _ModelT) -> _ModelT:
-    """Make every block compute plainly again, in place."""
+    """Make every block compute plainly again, in place.
+
+    Raises:
+        ValueError: If a block's class was since made into another one, as FSDP's `fully_shard` does.
+    """
     blocks: list[Any] = [block for block in model.modules() if isinstance(block, FusedBlock)]
+    wrapped = {type(block).__name__ for block in blocks if FusedBlock not in type(block).__bases__}
+    if wrapped:
+        raise ValueError(f"Fused blocks have become {', '.join(wrapped)}: call unfuse_ before what made that of them.")
     for block in blocks:
         block.__class__ = plain_class(type(block))
     return model
@@ -143,7 +152,8 @@ def _fused_class(cls: Any) -> type[FusedBlock] | None:
 
 def plain_class(cls: type[FusedBlock]) -> type[nn.Module]:
     """Return the class that a fused one was made from."""
-    return cls.__bases__[1]
+    fused = next(base for base in cls.__mro__ if FusedBlock in base.__bases__)
+    return fused.__bases__[1]
 
 
 def _make(block_cls: type[nn.Module], gates: Any) -> nn.Module:

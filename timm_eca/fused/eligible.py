@@ -81,8 +81,8 @@ class Parts:
         children: Of modules that have any: the dictionary of their children, and who was in it.
         affines: The dictionaries of the norms' weights.
         synced: The norms whose statistics are all processes', if they are in training.
-        hooks: The tail's modules' dictionaries of hooks.
-        inner_hooks: Those of the modules of the norms before.
+        tail: The tail's modules, of which each may have hooks.
+        inside: Those of the norms before, and what is beside them.
         attributes: The modules' own attributes; a forward among them is somebody's patch.
         handles: How many handles of hooks had been made, of any module, when there was none on these.
     """
@@ -105,8 +105,8 @@ class Parts:
     children: tuple[tuple[dict[str, Any], list[Any]], ...] = ()
     affines: tuple[dict[str, Any], ...] = ()
     synced: tuple[nn.Module, ...] = ()
-    hooks: tuple[dict[int, Any], ...] = ()
-    inner_hooks: tuple[dict[int, Any], ...] = ()
+    tail: tuple[nn.Module, ...] = ()
+    inside: tuple[nn.Module, ...] = ()
     attributes: tuple[dict[str, Any], ...] = ()
     handles: int = -1
 
@@ -132,9 +132,9 @@ class Parts:
 
     def _unheard(self) -> bool:
         """Look for hooks, after one was registered somewhere."""
-        if any(self.hooks):
+        if any(map(_has_hooks, self.tail)):
             return False
-        heard = any(self.inner_hooks)
+        heard = any(map(_has_hooks, self.inside))
         self.norms = () if heard else self.inner
         self.handles = -1 if heard else RemovableHandle.next_id
         return True
@@ -175,8 +175,8 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         children=tuple((m._modules, [*m._modules.values()]) for m in (*tail, *inside) if m._modules),
         affines=tuple(part.affine for part in norms),
         synced=tuple(part.module for part in norms if type(part.module) in _SYNC_NORMS),
-        hooks=tuple(d for m in tail for d in _hooks(m)),
-        inner_hooks=tuple(d for m in inside for d in _hooks(m)),
+        tail=tuple(tail),
+        inside=tuple(inside),
         attributes=tuple(m.__dict__ for m in (*tail, *inside)),
     )
 
@@ -269,5 +269,6 @@ def _norm_part(norm: Any) -> NormPart:
     return NormPart(norm, frozen, norm._buffers if frozen else norm._parameters, norm._buffers)
 
 
-def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(kinds)

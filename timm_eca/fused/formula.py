@@ -13,6 +13,7 @@ sum of grad: z, which the norm keeps anyway, serves both.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from functools import reduce
 from typing import NamedTuple
@@ -171,10 +172,17 @@ def update_running(running: Running | None, moments: Moments, z: Tensor) -> None
     if running is None:
         return
     values = z[:, 0].numel()
-    with torch.no_grad():
+    with torch.no_grad(), _as_same_version(running):
         factor = _factor_of(running)
         running.mean.lerp_(moments.mean.to(running.mean.dtype), factor)
         running.var.lerp_((moments.var * (values / (values - 1))).to(running.var.dtype), factor)
+
+
+def _as_same_version(running: Running) -> AbstractContextManager[None]:
+    """Have statistics that were saved for a backward pass pass for those: batch norm's update does not count either."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.autograd._unsafe_preserve_version_counter((running.mean, running.var))
 
 
 def _factor_of(running: Running) -> float | Tensor:

@@ -71,7 +71,7 @@ def _fits(parts: Parts, z: Tensor, shortcut: Tensor) -> bool:
 
 def _maps_fit(parts: Parts, z: Tensor, shortcut: Tensor) -> bool:
     """Whether it can of a map, and of the shortcut if that is added as it is."""
-    if not map_fits(z, parts.norm.of_batch):
+    if not (map_fits(z, parts.norm.of_batch) and parts.norm.keeps_type(z)):
         return False
     as_it_is = parts.adds and parts.downsample is None
     return not as_it_is or (z.shape == shortcut.shape and z.dtype == shortcut.dtype)
@@ -93,11 +93,11 @@ def _downsampled(parts: Parts, x: Tensor) -> tuple[Tensor, Norm | None]:
     *before, last = parts.downsample
     for layer in before:
         x = layer(x)
-    if not (torch.is_grad_enabled() or norm.of_batch):
+    if not (torch.is_grad_enabled() or norm.of_batch) and norm.keeps_type(x) and native.are_plain(norm.given()[:4]):
         return x, norm.given()
-    # Where a gradient is asked for, x is not overwritten, which somebody may have got hold of.
+    # Where a gradient is recorded, x is not overwritten, which somebody may have got hold of.
     out = None
-    if x.requires_grad and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         out = compiled_norm(norm, None, x, None, None, Act.NONE)
     return last(x) if out is None else out, None
 

@@ -44,6 +44,8 @@ def _proven(device: torch.device, dtype: torch.dtype, nhwc: bool) -> bool:
     """Whether Triton compiles the kernels for a GPU, and they compute there what they are to, tried once."""
     try:
         try_passes(forward, backward, device, dtype, nhwc)
+    except torch.OutOfMemoryError:  # which says nothing of the kernels
+        raise
     except Exception as error:  # of many kinds
         warnings.warn(
             f"timm_eca: fused tails of {dtype} run as PyTorch's operations on {device}, slower than they could, because"

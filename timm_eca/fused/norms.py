@@ -30,6 +30,10 @@ class NormPart:
         """Whether the batch's statistics are used, as `torch.nn.BatchNorm2d` decides it."""
         return not self.frozen and (self.module.training or self.stats["running_mean"] is None)
 
+    def keeps_type(self, z: Tensor) -> bool:
+        """Whether a map has the type of what the norm makes of it: a frozen one promotes to that of its statistics."""
+        return not self.frozen or torch.promote_types(z.dtype, self.stats["running_mean"].dtype) == z.dtype
+
     def given(self) -> Norm:
         """Return the norm by its own statistics."""
         affine, stats = self.affine, self.stats
@@ -97,6 +101,8 @@ def compiled_norm(
     """
     affine, stats, eps = norm.affine, norm.stats, norm.module.eps
     weight, bias = affine["weight"], affine["bias"]
+    if norm.frozen and not norm.keeps_type(z):
+        return None
     if norm.of_batch:
         return trained_tail((z, added, weight, bias, kernel), (None, None), norm.running(), eps, act)
     mean, var = stats["running_mean"], stats["running_var"]

@@ -19,18 +19,22 @@ def forward(
 ) -> tuple[Tensor, Tensor, Moments]:
     """Return a tail's output, z pooled (B, C), and the moments z was normed by; in place z is overwritten."""
     dtype = vector_dtype(z)
-    pooled = z.mean((2, 3), dtype=dtype) if weights.pooled is None else weights.pooled
+    x = z.to(dtype)  # half precision would lose, or overflow in, what cancels
+    pooled = x.mean((2, 3)) if weights.pooled is None else weights.pooled
     moments = weights.moments or Moments(pooled.mean(0), _batch_var(z, dtype))
     update_running(weights.running, moments, z)
     scale, offset = gains(pooled, moments, weights)
     shift = torch.addcmul(offset, scale, pooled, value=-1)
-    into = z if inplace else None
+    into = x if inplace or x is not z else None
     if shortcut is None:
-        out = torch.addcmul(_as_map(shift, z), z, _as_map(scale, z), out=into)
+        out = torch.addcmul(_as_map(shift, x), x, _as_map(scale, x), out=into)
     else:
-        added = normed_shortcut(shortcut, weights)
-        out = torch.addcmul(added, z, _as_map(scale, z), out=into).add_(_as_map(shift, z))
-    return (out.relu_() if relu else out), pooled, moments
+        added = normed_shortcut(shortcut.to(dtype), weights)
+        out = torch.addcmul(added, x, _as_map(scale, x), out=into).add_(_as_map(shift, x))
+    out = out.relu_() if relu else out
+    if x is not z:
+        out = z.copy_(out) if inplace else out.to(z.dtype)
+    return out, pooled, moments
 
 
 def backward(
@@ -55,8 +59,9 @@ def backward(
     """
     for_z, for_shortcut, *for_weights, of_batch = wanted
     grad = grad if out is None else let_through(grad, out, act)
-    total = grad.sum((2, 3), dtype=pooled.dtype)
-    dots = (grad * z).sum((2, 3), dtype=pooled.dtype).addcmul_(pooled, total, value=-1)
+    x, g = z.to(pooled.dtype), grad.to(pooled.dtype)
+    total = g.sum((2, 3))
+    dots = (g * x).sum((2, 3)).addcmul_(pooled, total, value=-1)
     leaves, outputs = _vector_graph(pooled, weights, [for_z, for_z and of_batch, *for_weights], of_batch)
     d_pooled, d_var, *d_weights = grads_of(outputs, (dots, total), leaves)
     dz = None
@@ -68,9 +73,10 @@ def backward(
         if d_var is not None:
             slope = d_var * (2 / z[:, 0].numel())
             shift = shift.addcmul_(slope, pooled.mean(0), value=-1)
-            dz = torch.addcmul(_as_map(shift, z), z, _as_map(slope, z)).addcmul_(grad, _as_map(scale, z))
+            dz = torch.addcmul(_as_map(shift, x), x, _as_map(slope, x)).addcmul_(g, _as_map(scale, x))
         else:
-            dz = torch.addcmul(_as_map(shift, z), grad, _as_map(scale, z))
+            dz = torch.addcmul(_as_map(shift, x), g, _as_map(scale, x))
+        dz = dz.to(z.dtype)
     return [dz, grad if for_shortcut else None, *d_weights]
 
 

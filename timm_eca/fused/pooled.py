@@ -17,7 +17,7 @@ from . import native
 from .formula import map_mean
 from .norms import InnerNorm
 from .operators import operator_norm_pool
-from .tail import worth_a_call
+from .tail import is_known, worth_a_call
 
 __all__ = ["SummedNorm", "commutes", "compiled_pool", "graph_pool", "may_pool", "pooled_before"]
 
@@ -68,7 +68,7 @@ def compiled_pool(norm: InnerNorm, conv: Any, z: Tensor) -> Tensor | None:
 def graph_pool(norm: InnerNorm, conv: Any, z: Tensor) -> Tensor | None:
     """As `compiled_pool`, in what `torch.compile` takes into one graph."""
     given = norm.norm.given()
-    if not (worth_a_call(z) and _pays(conv, z) and native.takes_conv(z, conv.weight, conv.bias, given)):
+    if not (worth_a_call(z) and is_known(_pays(conv, z)) and native.takes_conv(z, conv.weight, conv.bias, given)):
         return None
     return operator_norm_pool(z, given, norm.act, conv.weight, conv.bias)
 
@@ -108,7 +108,7 @@ def pooled_before(conv: nn.Conv2d, u: Tensor) -> Tensor | None:
 def _pays(conv: Any, norm_map: Tensor) -> bool:
     """Whether a convolution has few enough weights for a map of it that is not read, given what its norm gets."""
     squared = conv.in_channels**2 * conv.kernel_size[0] ** 2  # what weights and maps have of the other width cancels
-    return 5 * norm_map.numel() >= squared * (_LOADED + _MULTIPLIED * len(norm_map)) and commutes(conv)
+    return commutes(conv) and 5 * norm_map.numel() >= squared * (_LOADED + _MULTIPLIED * len(norm_map))
 
 
 def _is_matrix(conv: nn.Conv2d) -> bool:

@@ -9,7 +9,7 @@ from . import gpu, native, passes
 from .formula import Moments, Norm, Running, TailWeights, gains_of_map, layout_of, tail_formula
 from .operators import operator_gains, operator_infer
 
-__all__ = ["fused_tail", "graph_norm", "graph_tail", "trained_tail", "worth_a_call"]
+__all__ = ["fused_tail", "graph_norm", "graph_tail", "is_known", "trained_tail", "worth_a_call"]
 
 Leaves = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -69,7 +69,7 @@ def graph_tail(z: Tensor, shortcut: Tensor | None, weights: TailWeights, relu: b
     if weights.moments is not None and not torch.is_grad_enabled():
         out = _graph_infer(z, shortcut, weights, relu)
         return tail_formula(z, shortcut, weights, relu) if out is None else out
-    by_operators = _takes(z, shortcut, weights) and z.numel() >= _SMALL
+    by_operators = _takes(z, shortcut, weights) and is_known(z.numel() >= _SMALL)
     return tail_formula(z, shortcut, weights, relu, operator_gains if by_operators else gains_of_map)
 
 
@@ -90,7 +90,14 @@ def _takes(z: Tensor, shortcut: Tensor | None, weights: TailWeights) -> bool:
 
 def worth_a_call(z: Tensor) -> bool:
     """Whether an operator in a graph for inference gains more by a map than a call takes."""
-    return _is_full(z) and z.numel() >= _SMALL_INFERENCE
+    return _is_full(z) and is_known(z.numel() >= _SMALL_INFERENCE)
+
+
+def is_known(condition: Any) -> bool:
+    """Whether something holds of all the sizes that a graph is made for, of which it shall not exclude any."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a second to import
+
+    return statically_known_true(condition)
 
 
 def _is_full(z: Tensor) -> bool:
@@ -122,6 +129,8 @@ class _FusedTail(torch.autograd.Function):
         if torch.is_grad_enabled():
             grad = grad if out is None else passes.let_through(grad, out, act)
             return *_differentiable(grad, z, weights, wanted, of_batch), None
+        z = z if _is_dense(z) else z.contiguous()  # a hook on saved tensors may have laid it out anew, and out
+        out = out if out is None else _as_format(out, z)
         given = _as_format(grad, z), out, z, pooled, weights, [*wanted[:5], of_batch]
         return *(passes.backward(*given, act) if by_operations else engine.backward(*given)), None
 
@@ -136,6 +145,10 @@ def _differentiable(grad: Tensor, z: Tensor, weights: TailWeights, wanted: Any, 
     asked = [t if want else None for t, want in zip(inputs, (wanted[0], *wanted[2:5]))]
     dz, *d_weights = passes.grads_of((result,), (grad,), asked, create_graph=True)
     return [dz, grad if wanted[1] else None, *d_weights]
+
+
+def _is_dense(z: Tensor) -> bool:
+    return z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last)
 
 
 def _as_format(grad: Tensor, z: Tensor) -> Tensor:
