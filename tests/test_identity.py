@@ -31,6 +31,15 @@ class TestIdentity:
         )
         assert torch.equal(created.eval()(images), plain(images))
 
+    def test_a_cfg_with_custom_load(self, images):
+        """timm heeds it for files and URLs; from elsewhere the weights come as they always do."""
+        plain = timm.create_model("resnetv2_18", zero_init_last=False).eval()
+        weights = {"state_dict": copy.deepcopy(plain.state_dict()), "custom_load": True}
+        identity = {"attn_layer": "eca", "attn_init": "identity"}
+        model = timm.create_model("resnetv2_18", pretrained=True, pretrained_cfg_overlay=weights, **identity)
+        assert torch.equal(model.eval()(images), plain(images))
+        assert len(model._load_state_dict_pre_hooks) == 1
+
     @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050"])
     def test_trains_from_there(self, name, images):
         torch.manual_seed(0)

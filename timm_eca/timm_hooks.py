@@ -78,13 +78,34 @@ def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pre
     if kwargs.pop("pruned", False):
         model_cls = _pruned_first(model_cls, variant)
     construct = (ConstructorByTimm if by_timm else ConstructorWithAttn)(model_cls, spec, variant)
-    model = _timm_build_model_with_cfg(construct, variant, pretrained, *args, **kwargs)
+    watched = _Watched(construct)
+    model = _timm_build_model_with_cfg(watched, variant, pretrained, *args, **kwargs)
+    watched.hook.remove()
     inner: Any = construct.model
-    if pretrained and spec.attn_init == "identity" and model.pretrained_cfg.get("custom_load"):
-        restart_identity_(inner)  # the model read foreign weights by itself, past the guard on loading
+    # Whether the model reads foreign weights by itself, past the guard on loading, its cfg alone does not tell:
+    # timm heeds custom_load for some sources only.
+    if pretrained and spec.attn_init == "identity" and not watched.loads:
+        restart_identity_(inner)
     if fused:
         fuse_blocks_(model)
     return model if hasattr(model, "attn_spec") else label_wrapper_(model, inner)
+
+
+class _Watched:
+    """A constructor whose model, until the hook is removed, counts the calls of its `load_state_dict`."""
+
+    def __init__(self, construct: Callable[..., nn.Module]):
+        self.construct = construct
+        self.loads = 0
+        self.hook: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = self.construct(*args, **kwargs)
+        self.hook = model.register_load_state_dict_pre_hook(self._count)
+        return model
+
+    def _count(self, *_: Any) -> None:
+        self.loads += 1
 
 
 def _names_self_attention(variant: str, model_cls: Any, asked: dict[str, Any], cfg: Any) -> bool:
