@@ -90,6 +90,11 @@ class TestPortable:
         assert config["model_args"]["block_args"] == {"attn_layer": "eca"}
         assert hub.describe(model, portable=False)["architecture"] == "eca_resnet18"
 
+    def test_built_with_fused(self):
+        """An argument of this package is none of plain timm's."""
+        config = hub.describe(made("resnet18", attn_layer="eca", fused=False), portable=True)
+        assert config["model_args"].keys() == {"num_classes", "in_chans", "global_pool", "block_args"}
+
 
 class TestSave:
     def test_what_is_written(self, net, folder):

@@ -13,7 +13,7 @@ from .spec import ATTN_ARGS
 
 __all__ = ["kernel_sizes", "portable_form"]
 
-OWN_ARGS = (*ATTN_ARGS, "kernel_sizes")
+OWN_ARGS = (*ATTN_ARGS, "kernel_sizes", "fused")
 
 
 def kernel_sizes(model: nn.Module) -> list[int] | None:
