@@ -56,12 +56,20 @@ def hub_folder(hub_id: str, *, cache_dir: Any = None, token: Any = None) -> Path
         files.append(download(WEIGHTS, folder.name))
         check_folder(folder)
     except IntegrityError as error:
-        _evict(files)
-        raise IntegrityError(f"{hub_id}: {error} It was removed from the cache; try again.") from None
+        raise IntegrityError(f"{hub_id}: {error} {_evict(files)}") from None
     return folder
 
 
-def _evict(files: list[Path]) -> None:
-    for path in files:
-        for link in links_of(path):
+def _evict(files: list[Path]) -> str:
+    """Remove files from the cache, and return in words whether that was possible and what to do next."""
+    links = [link for path in files for link in links_of(path)]
+    try:
+        for link in links:
             link.unlink(missing_ok=True)
+    except OSError as error:
+        contents = " and ".join(str(links_of(path)[-1]) for path in files)
+        return (
+            f"It cannot be removed from the cache ({error.strerror or error}): remove {contents}, or use another cache"
+            " (cache_dir, or HF_HUB_CACHE)."
+        )
+    return "It was removed from the cache; try again."

@@ -32,6 +32,7 @@ _logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
+_THE_HUB = "the Hub's name of the file"
 
 
 def sha256_of(path: Path) -> str:
@@ -80,14 +81,16 @@ def check_folder(folder: Path, *, digest_required: bool = False) -> dict[str, An
     path = folder / WEIGHTS
     if not path.is_file():
         raise MissingWeightsError(f"{folder} has no {WEIGHTS}; other formats than safetensors are not read.")
-    expected = recorded_digest(config) or _digest_in_blob_name(path)
-    actual = sha256_of(path)
-    if expected is None and digest_required:
-        raise IntegrityError(f"{folder / CONFIG} records no sha256 of {WEIGHTS}, which has {actual}.")
-    if expected is None:
+    recorded = recorded_digest(config)
+    named = _digest_in_blob_name(path)
+    if recorded is not None:
+        _compare(path, recorded, CONFIG)
+    elif named is not None:
+        _compare(path, named, _THE_HUB)
+    elif digest_required:
+        raise IntegrityError(f"{folder / CONFIG} records no sha256 of {WEIGHTS}, which has {sha256_of(path)}.")
+    else:
         _logger.warning("%s records no sha256: %s is used unchecked.", folder / CONFIG, WEIGHTS)
-    elif actual != expected:
-        raise IntegrityError(f"{path} is not what it should be: its sha256 is {actual}, {CONFIG} says {expected}.")
     _check_header(path)
     return config
 
@@ -128,11 +131,19 @@ def check_small_file(path: Path) -> None:
         IntegrityError: If it differs.
     """
     recorded = _digest_in_blob_name(path)
-    if recorded is None or len(recorded) != 40:
-        return
-    actual = _digest_of(path, hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False))
-    if actual != recorded:
-        raise IntegrityError(f"{path} is damaged: its git digest is {actual}, the Hub named it {recorded}.")
+    if recorded is not None and len(recorded) == 40:
+        _compare(path, recorded, _THE_HUB)
+
+
+def _compare(path: Path, expected: str, said_by: str) -> None:
+    """Raise IntegrityError if a file has another sha256 than expected, or another git digest where 40 digits are."""
+    kind, actual = ("git digest", _git_digest_of(path)) if len(expected) == 40 else ("sha256", sha256_of(path))
+    if actual != expected:
+        raise IntegrityError(f"{path} is not what it should be: its {kind} is {actual}, {said_by} says {expected}.")
+
+
+def _git_digest_of(path: Path) -> str:
+    return _digest_of(path, hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False))
 
 
 def _check_header(path: Path) -> None:
