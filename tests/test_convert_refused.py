@@ -71,6 +71,16 @@ def test_truncated(resnet18, tmp_path, part, legacy):
     refused(path, tmp_path, NOT_READABLE)
 
 
+def test_truncated_anywhere_in_its_pickles(tmp_path):
+    """What torch and pickle raise depends on the byte."""
+    path = tmp_path / "cut.pth"
+    torch.save({"arch": "x" * 300, "epoch": 12345678901}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        refused(path, tmp_path, NOT_READABLE)
+
+
 def test_truncated_safetensors(resnet18, tmp_path):
     path = tmp_path / "cut.safetensors"
     save_file(resnet18.state_dict(), path)
