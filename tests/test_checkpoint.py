@@ -188,6 +188,24 @@ class TestUsersOwnLoading:
         for key, value in model.state_dict().items():
             assert torch.equal(value, torch.ones(1000) if key == "fc.bias" else before[key]), key
 
+    def test_lenient_identity_without_a_norms_weight(self, make):
+        plain, _ = make("resnet18")
+        model = timm.create_model("resnet18", attn_layer="eca", attn_init="identity")
+        lost = "layer1.0.bn2.bias"
+        found = model.load_state_dict(without(lost)(plain.state_dict()), strict=False)
+        assert found.missing_keys == [lost]
+        assert torch.equal(model.layer1[0].bn2.weight, 2 * plain.layer1[0].bn2.weight)
+
+    @pytest.mark.parametrize("arguments", [{}, {"attn_init": "identity"}])
+    def test_assigned_to_a_model_without_values(self, arguments, make):
+        """There are no initial values to keep on the meta device, and none are made up."""
+        plain, _ = make("resnet18")
+        model = timm.create_model("resnet18", attn_layer="eca", device="meta", **arguments)
+        with pytest.raises(RuntimeError, match=r"Missing key.*layer1\.0\.se\.conv\.weight"):
+            model.load_state_dict(plain.state_dict(), assign=True)
+        found = model.load_state_dict(plain.state_dict(), assign=True, strict=False)
+        assert sorted(found.missing_keys) == [f"layer{i}.{j}.se.conv.weight" for i in (1, 2, 3, 4) for j in (0, 1)]
+
     def test_layer_without_weights(self, make):
         plain, path = make("resnet18")
         model = load_pretrained("resnet18", path, attn_layer=lambda channels: torch.nn.Identity())

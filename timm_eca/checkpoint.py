@@ -42,13 +42,15 @@ class LoadGuard:
     stale: tuple[tuple[str, torch.Size], ...] = ()
     empty_slots: tuple[str, ...] = ()
 
-    def __call__(self, model: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
+    def __call__(
+        self, model: nn.Module, state_dict: StateDict, prefix: str, local_metadata: dict[str, Any], *_: Any
+    ) -> None:
         self._drop_stale(state_dict, prefix)
         self._reject_foreign(state_dict, prefix)
         own = self._layer_tensors(model, prefix)
         missing = [key for key in own if key not in state_dict]
         if missing and len(missing) == len(own):
-            self._complete_plain(model, state_dict, prefix)
+            self._complete_plain(model, state_dict, prefix, local_metadata.get("assign_to_params_buffers", False))
         elif missing:
             raise ValueError(
                 f"The checkpoint has {len(own) - len(missing)} of {len(own)} attention weights and lacks"
@@ -81,12 +83,18 @@ class LoadGuard:
                 f" {_some(foreign)}."
             )
 
-    def _complete_plain(self, model: nn.Module, state_dict: StateDict, prefix: str) -> None:
+    def _complete_plain(self, model: nn.Module, state_dict: StateDict, prefix: str, assign: bool) -> None:
         if self.spec.attn_init == "identity":
             for site in self._sites_of(model):
                 _keep_identity(model, state_dict, prefix, site)
-        for key, tensor in self._layer_tensors(model, prefix).items():
+        own = self._layer_tensors(model, prefix)
+        for key, tensor in own.items():
             state_dict.setdefault(key, tensor)
+        without_values = [key for key, tensor in own.items() if assign and tensor.is_meta]
+        for key in without_values:
+            del state_dict[key]  # so that load_state_dict reports it missing
+        if without_values:
+            return
         _logger.info(
             "The checkpoint has no attention weights: the %d %r layers keep their initial values.",
             len(self._sites_of(model)),
@@ -101,7 +109,8 @@ def _keep_identity(model: nn.Module, state_dict: StateDict, prefix: str, site: S
     factor = model.get_submodule(site.path).identity_init_()  # type: ignore[operator]
     for path in site.scales:
         key = prefix + path.lstrip("/")
-        state_dict[key] = state_dict[key] * (1 / factor if path.startswith("/") else factor)
+        if key in state_dict:  # load_state_dict reports what is missing
+            state_dict[key] = state_dict[key] * (1 / factor if path.startswith("/") else factor)
     if site.gain:
         state_dict[prefix + site.gain] = torch.full_like(model.get_buffer(site.gain), factor)
 
