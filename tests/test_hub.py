@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+import timm_eca
 from conftest import randomize_
 from timm_eca import add_attn_, attn_modules, hub
 from timm_eca.cli import main
@@ -96,6 +97,16 @@ class TestPortable:
         """An argument of this package is none of plain timm's."""
         config = hub.describe(made("resnet18", attn_layer="eca", fused=False), portable=True)
         assert config["model_args"].keys() == {"num_classes", "in_chans", "global_pool", "block_args"}
+
+    @pytest.mark.parametrize("lost", ["model_args", "block_args", "attn"])
+    def test_what_it_cannot_do_without(self, lost, tmp_path):
+        folder = hub.save(PORTABLE["entrypoint"](), tmp_path / "m")
+        config = json.loads((folder / "config.json").read_text())
+        (config["model_args"] if lost == "block_args" else config).pop(lost)
+        (folder / "config.json").write_text(json.dumps(config))
+        for check in (hub.load, hub.verify):
+            with pytest.raises(IntegrityError, match=r"says that it is portable, and needs model_args with block_args"):
+                check(folder)
 
 
 class TestSave:
@@ -278,6 +289,19 @@ class TestInTheCache:
         )
         with pytest.raises(IntegrityError, match=message):
             self.load(cache)
+
+
+def test_uninstalled(folder, tmp_path):
+    portable = hub.save(PORTABLE["entrypoint"](), tmp_path / "portable")
+    plain = hub.save(PORTABLE["no attention"](), tmp_path / "plain")
+    timm_eca.uninstall()
+    try:
+        for source in (folder, portable):
+            with pytest.raises(ValueError, match=r"timm_eca is uninstalled: call timm_eca\.install\(\) first"):
+                hub.load(source)
+        hub.load(plain)
+    finally:
+        timm_eca.install()
 
 
 def test_by_attribute(run_python):

@@ -19,8 +19,10 @@ from torch import nn
 from .errors import IntegrityError, WeightsError
 from .hub_cache import hub_folder, split_hub_id
 from .hub_errors import explain, with_retries
+from .models import ENTRYPOINTS
 from .saving import FILES, describe, save, write_folder
-from .weights import CARD, WEIGHTS, check_folder, read_config, recorded_digest
+from .timm_hooks import installed
+from .weights import CARD, CONFIG, WEIGHTS, check_folder, read_config, recorded_digest
 
 __all__ = ["describe", "load", "push", "save", "verify", "write_folder"]
 
@@ -115,7 +117,8 @@ def load(source: str | Path, *, cache_dir: Any = None, token: str | bool | None 
         **kwargs: As `timm.create_model` takes them: num_classes, in_chans, features_only, drop_rate, ...
 
     Raises:
-        ValueError: If source is neither, or the arguments do not fit the model.
+        ValueError: If source is neither, the arguments do not fit the model, or the model has attention and the
+            package is uninstalled.
         WeightsError: If the weights are missing, not reachable, or not what they should be.
     """
     folder, config = _checked(source, cache_dir, token)
@@ -148,9 +151,22 @@ def _checked(
         except ValueError as error:
             raise ValueError(f"There is no folder {source}. {error}") from None
         config = read_config(folder)
+    _check_portable(source, config)
+    if not installed() and ("attn" in config or config["architecture"] in [e.__name__ for e in ENTRYPOINTS]):
+        raise ValueError(f"{source} has attention, and timm_eca is uninstalled: call timm_eca.install() first.")
     if not timm.is_model(config["architecture"]):
         raise WeightsError(f"{source} is a {config['architecture']!r}, which timm {timm.__version__} does not have.")
     return folder, config
+
+
+def _check_portable(source: str | Path, config: dict[str, Any]) -> None:
+    """Raise IntegrityError if a config says that it is portable and lacks what its attention is made from."""
+    args = config.get("model_args")
+    block_args = args.get("block_args") if isinstance(args, dict) else None
+    if config.get("portable") and not (isinstance(block_args, dict) and isinstance(config.get("attn"), dict)):
+        raise IntegrityError(
+            f"{source}: {CONFIG} says that it is portable, and needs model_args with block_args, and attn, for that."
+        )
 
 
 def verify(source: str | Path, *, cache_dir: Any = None, token: str | bool | None = None) -> dict[str, Any]:
@@ -160,7 +176,8 @@ def verify(source: str | Path, *, cache_dir: Any = None, token: str | bool | Non
         architecture, sha256, size in bytes, number of tensors, kernel sizes per stage (None without ECA).
 
     Raises:
-        ValueError: If source is neither folder nor repository name.
+        ValueError: If source is neither folder nor repository name, or the model has attention and the package is
+            uninstalled.
         WeightsError: If there is no digest, it differs, or tensors' names or shapes do not fit the model.
     """
     folder, config = _checked(source, cache_dir, token, digest_required=True)
