@@ -182,6 +182,12 @@ def test_band_matrix(saved, tmp_path):
     refused(saved(spread), tmp_path, r"layer1.0.se.conv.weight is \(64, 1, 3\), expected \(1, 1, 3\)")
 
 
+def test_folder_in_use_at_home(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"^{tmp_path} exists and is not an empty folder"):
+        convert(saved(), "~")
+
+
 def test_folder_in_use(saved, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

@@ -136,6 +136,18 @@ class TestSave:
             hub.save(net, tmp_path / "m")
         assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
+    @pytest.mark.parametrize("name", ["README.md", "config.json"])
+    def test_folder_of_others(self, name, tmp_path):
+        (tmp_path / name).write_text('{"app": "mine"}')
+        with pytest.raises(ValueError, match="holds other files than those"):
+            hub.save(made(NET), tmp_path)
+        assert (tmp_path / name).read_text() == '{"app": "mine"}'
+
+    def test_home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert hub.save(made(NET), "~/m") == tmp_path / "m"
+        assert sorted(path.name for path in (tmp_path / "m").iterdir()) == FILES
+
     def test_no_classifier(self, tmp_path):
         with pytest.raises(ValueError, match="Only a timm classifier can be saved in Hub format, got Linear"):
             hub.save(torch.nn.Linear(2, 2), tmp_path / "m")

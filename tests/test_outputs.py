@@ -1,4 +1,6 @@
+import itertools
 import os
+from pathlib import Path
 
 import pytest
 
@@ -6,8 +8,11 @@ from timm_eca.errors import CommandError
 from timm_eca.outputs import whole_folder
 
 
+FILES = ("results.json", "content")
+
+
 def fill(out, text="new", made_by="test"):
-    with whole_folder(out, made_by) as folder:
+    with whole_folder(out, made_by, FILES) as folder:
         (folder / "results.json").write_text(f'{{"made_by": "{made_by}"}}')
         (folder / "content").write_text(text)
 
@@ -29,11 +34,84 @@ def test_of_another_command(tmp_path):
         fill(tmp_path / "out")
 
 
+def test_files_of_others(tmp_path):
+    fill(tmp_path / "out", "old")
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(CommandError, match="holds other files than those of test"):
+        fill(tmp_path / "out")
+    assert (tmp_path / "out" / "content").read_text() == "old"
+
+
+def test_files_that_come_during_the_run(tmp_path):
+    out = tmp_path / "out"
+
+    def fill_slowly():
+        with whole_folder(out, "test", FILES):
+            out.mkdir()
+            (out / "notes.txt").touch()
+
+    with pytest.raises(CommandError, match=f"^{out} holds other files than those of test"):
+        fill_slowly()
+    assert list(tmp_path.rglob("*")) == [out, out / "notes.txt"]
+
+
+@pytest.mark.parametrize("failing", [2, 3])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_the_swap_breaks_off(failing, error, tmp_path, monkeypatch):
+    """The renames: straight to the place, the old folder away, the new one to its place."""
+    fill(tmp_path / "out", "old")
+    rename, calls = Path.rename, itertools.count(1)
+
+    def broken(path, target):
+        if next(calls) == failing:
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(CommandError if error is OSError else error):
+        fill(tmp_path / "out")
+    assert (tmp_path / "out" / "content").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_kept(tmp_path, monkeypatch):
+    fill(tmp_path / "out", "old")
+    rename, calls = Path.rename, itertools.count(1)
+
+    def broken(path, target):
+        if next(calls) != 2:
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(CommandError, match="cannot write to"):
+        fill(tmp_path / "out")
+    assert [p.read_text() for p in tmp_path.glob(".out-old-*/out/content")] == ["old"]
+
+
+def test_a_link(tmp_path):
+    fill(tmp_path / "disk", "old")
+    (tmp_path / "link").symlink_to("disk")
+    fill(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "content").read_text() == "new"
+
+
+@pytest.mark.parametrize("out", [".", "/", "../work"])
+def test_the_working_folder_and_mount_points(out, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(CommandError, match=r"is a mount point or the working folder\. Give a folder in it"):
+        with whole_folder(Path(out), "test", FILES):
+            pytest.fail("the run began")
+    assert not list(tmp_path.glob("*/*"))
+
+
 def test_error_leaves_the_old_one(tmp_path):
     fill(tmp_path / "out", "old")
 
     def fail():
-        with whole_folder(tmp_path / "out", "test") as folder:
+        with whole_folder(tmp_path / "out", "test", FILES) as folder:
             (folder / "content").write_text("half")
             raise ZeroDivisionError
 
@@ -44,6 +122,7 @@ def test_error_leaves_the_old_one(tmp_path):
 
 
 def test_full_disk(tmp_path):
-    with pytest.raises(CommandError, match=r"cannot write to .*No space left"), whole_folder(tmp_path / "out", "test"):
-        raise OSError(28, "No space left on device")
+    with pytest.raises(CommandError, match=r"cannot write to .*No space left"):
+        with whole_folder(tmp_path / "out", "test", FILES):
+            raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())

@@ -57,7 +57,7 @@ def convert(path: str | Path, out: str | Path, model: str | None = None, *, ema:
         ValueError: If the file cannot be read without running code, holds no model of this package, holds another
             than expected, lacks tensors or has too many, or holds values that are not finite; or `out` is in use.
     """
-    path, out = Path(path), Path(out)
+    path, out = Path(path).expanduser(), Path(out).expanduser()
     _check_new(out)
     found = infer(read_tensors(path, ema=ema), path.name)
     if model is not None:

@@ -1,10 +1,11 @@
 """A folder of results that appears whole or not at all."""
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from .errors import CommandError
@@ -14,39 +15,48 @@ __all__ = ["RESULTS", "whole_folder"]
 RESULTS = "results.json"
 
 
-@contextmanager
-def whole_folder(out: Path, made_by: str, replaceable: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+@contextlib.contextmanager
+def whole_folder(
+    out: Path, made_by: str, files: Collection[str], replaceable: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """Give a fresh folder beside `out` and rename it to `out` at the end; on any error it is deleted.
 
-    An existing `out` is replaced if it is empty or replaceable, by default if its `results.json` says that the same
-    command made it.
+    An existing `out`, or what it links to, is replaced if it is empty, or if it holds nothing but `files` and is
+    replaceable, by default if its `results.json` says that the same command made it.
 
     Raises:
-        CommandError: If `out` holds anything else, or cannot be written.
+        CommandError: If `out` holds anything else, is the working folder or a mount point, or cannot be written.
     """
-    out = out.expanduser().absolute()
-    _check_replaceable(out, made_by, replaceable or (lambda folder: _made_by(folder, made_by)))
+    out = Path(os.path.realpath(out.expanduser()))
+
+    def check(folder: Path) -> None:
+        names = {path.name for path in folder.iterdir()}
+        ours = names <= set(files) and (replaceable(folder) if replaceable else _made_by(folder, made_by))
+        if names and not ours:
+            raise CommandError(f"{out} holds other files than those of {made_by}. Give a new or empty folder.")
+
     try:
+        if os.path.lexists(out):
+            _check_place(out)
+            check(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
         raise CommandError(f"cannot write to {out}: {error.strerror or error}. Give another folder.") from None
     try:
         yield fresh
-        _swap(fresh, out)
+        _swap(fresh, out, check)
     except OSError as error:
         raise CommandError(f"cannot write to {out}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _check_replaceable(out: Path, made_by: str, replaceable: Callable[[Path], bool]) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
+def _check_place(out: Path) -> None:
     if not out.is_dir():
         raise CommandError(f"{out} is not a folder. Give a new or empty folder.")
-    if any(out.iterdir()) and not replaceable(out):
-        raise CommandError(f"{out} holds other files than those of {made_by}. Give a new or empty folder.")
+    if os.path.ismount(out) or out.samefile("."):  # neither can be renamed without harm
+        raise CommandError(f"{out} is a mount point or the working folder. Give a folder in it.")
 
 
 def _made_by(out: Path, made_by: str) -> bool:
@@ -56,17 +66,26 @@ def _made_by(out: Path, made_by: str) -> bool:
         return False
 
 
-def _swap(fresh: Path, out: Path) -> None:
+def _swap(fresh: Path, out: Path, check: Callable[[Path], None]) -> None:
+    """Rename `fresh` to `out`, in place of an old folder that passes the check; on any error the old one is kept."""
     fresh.chmod(0o755)  # mkdtemp's folders are private
-    if not out.exists():
-        fresh.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent)) / out.name
-    out.rename(old)
     try:
         fresh.rename(out)
+        return  # out was new or empty
     except OSError:
-        old.rename(out)
-        raise
+        if not out.is_dir():
+            raise
+    holder = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+    old = holder / out.name
+    try:
+        out.rename(old)
+        try:
+            check(old)  # files may have come during the run
+            fresh.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            holder.rmdir()  # not where the old folder could not be put back

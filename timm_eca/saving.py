@@ -11,10 +11,11 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .cards import model_card
+from .errors import WeightsError
 from .outputs import whole_folder
 from .portable import kernel_sizes, portable_form
 from .timm_hooks import save_config_for_hf
-from .weights import CARD, CONFIG, WEIGHTS, sha256_of
+from .weights import CARD, CONFIG, WEIGHTS, read_config, sha256_of
 
 __all__ = ["FILES", "describe", "save", "write_folder"]
 
@@ -49,8 +50,8 @@ def save(
             argument of it is no JSON, or the folder cannot be replaced.
     """
     model = _saveable(model)
-    out = Path(out)
-    with whole_folder(out, "timm_eca.hub.save", replaceable=_in_hub_format) as folder:
+    out = Path(out).expanduser()
+    with whole_folder(out, "timm_eca.hub.save", FILES, replaceable=_in_hub_format) as folder:
         config = describe(model, portable, model_config=model_config, data_config=data_config)
         tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
         try:
@@ -82,7 +83,11 @@ def _count(model: nn.Module) -> int:
 
 
 def _in_hub_format(folder: Path) -> bool:
-    return {path.name for path in folder.iterdir()} <= set(FILES)
+    try:
+        read_config(folder)
+    except (OSError, WeightsError):
+        return False
+    return (folder / WEIGHTS).is_file()
 
 
 def describe(

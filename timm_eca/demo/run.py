@@ -25,6 +25,7 @@ from .training import DATA_CONFIG, History, make_loaders, train
 __all__ = ["run_demo"]
 
 MADE_BY = "timm-eca demo"
+FILES = ("digits", "model", "curves.png", "channel_weights.png", RESULTS)
 BACKBONE = "resnet18"
 NEEDS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 SEED = 42
@@ -34,14 +35,14 @@ def run_demo(out: Path, epochs: int) -> None:
     """Train `resnet18` bare and with ECA on digits, and leave data, model, figures and results in a folder.
 
     Args:
-        out: Folder to write, new, empty, or left by an earlier demo.
+        out: Folder to write, new, empty, or as an earlier demo left it.
         epochs: Number of epochs for each of the two models, at least 1.
 
     Raises:
         CommandError: If a package is missing, epochs is below 1 or the folder cannot be written.
     """
     _check(epochs)
-    with whole_folder(out, MADE_BY) as folder:
+    with whole_folder(out, MADE_BY, FILES) as folder:
         counts = write_digits(folder / "digits", SEED)
         print(f"{counts[0]} training and {counts[1]} validation images, {epochs} epochs each, {BACKBONE} at 32 x 32")
         loaders = make_loaders(folder / "digits")
