@@ -21,3 +21,12 @@ def test_usage_errors(arguments, message, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr("timm_eca.hub.check_folder", refuse)
+    assert main(["verify", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"timm-eca: [Errno 13] Permission denied: '{tmp_path}'\n"

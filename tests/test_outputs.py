@@ -7,7 +7,6 @@ import pytest
 from timm_eca.errors import CommandError
 from timm_eca.outputs import whole_folder
 
-
 FILES = ("results.json", "content")
 
 

@@ -29,6 +29,7 @@ def test_plan(capsys):
         (["vit_tiny_patch16_224"], "has no place for channel attention"),
         (["resnet50", "--attn", "ecaa"], "Did you mean 'eca'"),
         (["resnet50", "--where", "middle"], "attn_where must be one of"),
+        (["local-dir:/nope"], "Config file not found: /nope/config.json"),
     ],
 )
 def test_plan_refuses(arguments, message, capsys):

@@ -85,6 +85,16 @@ def _add_hub(commands) -> None:
     verify.set_defaults(run=_verify)
 
 
+@contextlib.contextmanager
+def _mendable(*further: type[Exception]) -> Iterator[None]:
+    """Turn the errors of values, files and weights, and further ones, into the command line's one, of one line."""
+    mendable: tuple[type[Exception], ...] = (ValueError, OSError, WeightsError, *further)
+    try:
+        yield
+    except mendable as error:
+        raise CommandError(" ".join(str(error).split())) from error
+
+
 def _demo(args: argparse.Namespace) -> None:
     from .demo import run_demo
 
@@ -94,10 +104,9 @@ def _demo(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from .plan import plan_table
 
-    try:
-        print(plan_table(args.name, args.attn, args.where))
-    except (ValueError, RuntimeError) as error:  # timm's for an unknown model is a RuntimeError
-        raise CommandError(str(error)) from error
+    with _mendable(RuntimeError):  # timm's for an unknown model
+        table = plan_table(args.name, args.attn, args.where)
+    print(table)
 
 
 def _coverage(args: argparse.Namespace) -> None:
@@ -127,15 +136,6 @@ def _complexity(args: argparse.Namespace) -> None:
     from .complexity import run_complexity
 
     run_complexity(args.sections, args.format, args.out)
-
-
-@contextlib.contextmanager
-def _mendable() -> Iterator[None]:
-    """Turn the errors of files and weights into the command line's one."""
-    try:
-        yield
-    except (ValueError, WeightsError) as error:
-        raise CommandError(str(error)) from error
 
 
 def _convert(args: argparse.Namespace) -> None:

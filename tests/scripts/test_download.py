@@ -76,6 +76,18 @@ def test_downloads_once(server, tmp_path, capsys):
     assert cached(tmp_path)[0].read_bytes() == SCRIPT
 
 
+def test_a_mirror_in_a_folder(server, tmp_path, monkeypatch):
+    (tmp_path / "mirror" / TAG).mkdir(parents=True)
+    (tmp_path / "mirror" / TAG / "train.py").write_bytes(SCRIPT)
+    monkeypatch.setenv("TIMM_ECA_SCRIPTS_URL", (tmp_path / "mirror").as_uri())
+    assert download.cached_script("train", TAG).read_bytes() == SCRIPT
+    assert server.asked == []
+
+
+def test_a_shared_cache(server):
+    assert download.cached_script("train", TAG).stat().st_mode & 0o777 == 0o644
+
+
 def test_many_at_once(server, tmp_path):
     """As torchrun's processes on one machine ask: each gets the whole file."""
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

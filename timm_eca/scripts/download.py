@@ -53,7 +53,7 @@ def _download(file_name: str, tag: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=SECONDS) as response:
             content = response.read(MOST_BYTES)
-            missing = response.length or 0  # a body cut short is no error to read(n)
+            missing = getattr(response, "length", None) or 0  # a body cut short is no error to read(n); files have none
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise _failure(url, tag, str(getattr(error, "reason", None) or error or type(error).__name__)) from None
     if missing:
@@ -79,6 +79,7 @@ def _keep(path: Path, content: bytes) -> None:
         with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent, delete=False) as file:
             fresh = Path(file.name)
             file.write(content)
+        fresh.chmod(0o644)  # temporary files are private
         fresh.replace(path)
     except OSError as error:
         raise CommandError(
