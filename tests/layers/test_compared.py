@@ -100,6 +100,17 @@ def test_da():
         assert_is(got.flatten(1), one + array(layer.alpha) * position + array(layer.beta) * channel)
 
 
+@pytest.mark.parametrize("under_autocast", [True, False])
+def test_da_in_half_precision(under_autocast):
+    """x x^T of 3136 positions does not fit float16."""
+    x = torch.randn(1, 16, 56, 56).relu() * 8
+    layer, half = get_attn("da")(16), x.half()
+    with torch.autocast("cpu", torch.float16, enabled=under_autocast):
+        out = layer.channel(half)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.double(), layer.channel(half.double()), rtol=1e-3, atol=1e-3)
+
+
 def test_da_starts_as_the_identity():
     x = sample(16)
     assert torch.equal(get_attn("da")(16).double()(x), x)
@@ -242,6 +253,22 @@ def test_in_a_model_and_in_create_attn(name, backbone):
 def test_refuses(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         get_attn(name)(**{"channels": 64, **kwargs})
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_script_and_fx(name):
+    layer, x = fresh(name, 16), sample(16, 8, 8)
+    for made in (torch.jit.script(layer), torch.fx.symbolic_trace(layer)):
+        assert_is(made(x), array(layer(x)))
+
+
+@pytest.mark.parametrize("name", ["aa", "ge_theta_plus"])
+def test_script_of_a_fixed_size(name):
+    layer, x = fresh(name, 16, feat_size=(4, 3)), sample(16)
+    scripted = torch.jit.script(layer)
+    assert_is(scripted(x), array(layer(x)))
+    with pytest.raises(torch.jit.Error, match=r"must be of feat_size \(4, 3\), got \(3, 4\)"):
+        scripted(x.mT)
 
 
 @pytest.mark.parametrize("name", COMPARED)

@@ -74,7 +74,7 @@ class AttnAugmentedConv2d(nn.Module):
         self.pool = nn.AvgPool2d(k, stride, k // 2) if stride > 1 else nn.Identity()
         self.qkv = nn.Conv2d(channels, sum(self.widths), 1, bias=False, **placed)
         self.proj = nn.Conv2d(value_dim, value_dim, 1, bias=False, **placed)
-        if self.feat_size:
+        if self.feat_size is not None:
             height, width = self.feat_size
             std = self.key_dim**-0.5
             self.rel_height = nn.Parameter(torch.randn(2 * height - 1, self.key_dim, **placed) * std)
@@ -83,10 +83,12 @@ class AttnAugmentedConv2d(nn.Module):
     def attention(self, x: torch.Tensor) -> torch.Tensor:
         """Return the heads' outputs, concatenated: (B, channels, H, W) -> (B, value width, H, W)."""
         batch, _, height, width = x.shape
-        qkv = self.qkv(x).flatten(2).split(self.widths, 1)
-        q, k, v = (t.reshape(batch, self.num_heads, -1, height * width).transpose(2, 3) for t in qkv)
-        logits = torch.matmul(q, k.transpose(2, 3))
-        if self.feat_size:
+        q, k, v = self.qkv(x).flatten(2).split(self.widths, 1)
+        q = q.reshape(batch, self.num_heads, -1, height * width).transpose(2, 3)
+        k = k.reshape(batch, self.num_heads, -1, height * width)
+        v = v.reshape(batch, self.num_heads, -1, height * width).transpose(2, 3)
+        logits = torch.matmul(q, k)
+        if self.feat_size is not None:
             logits = logits + self._relative_logits(q, height, width)
         heads = torch.matmul((logits * self.key_dim**-0.5).softmax(-1), v)  # (B, heads, H W, value width / heads)
         return heads.transpose(2, 3).reshape(batch, -1, height, width)
@@ -96,7 +98,7 @@ class AttnAugmentedConv2d(nn.Module):
         if (height, width) != self.feat_size:
             raise ValueError(f"The attention's input must be of feat_size {self.feat_size}, got {(height, width)}.")
         q = q.unflatten(2, (height, width))
-        rows, columns = (torch.arange(size, device=q.device) for size in (height, width))
+        rows, columns = torch.arange(height, device=q.device), torch.arange(width, device=q.device)
         r_height = self.rel_height[rows[None, :] - rows[:, None] + height - 1]  # (H, H, key dim): from, to
         r_width = self.rel_width[columns[None, :] - columns[:, None] + width - 1]
         by_row = torch.einsum("bnyxd,yzd->bnyxz", q, r_height).unsqueeze(-1)

@@ -44,15 +44,29 @@ class DualAttn(nn.Module):
 
     def position(self, x: torch.Tensor) -> torch.Tensor:
         """Return each position's mean of the values, weighted by softmax(query . key): (B, C, H, W) to the same."""
-        query, key, value = (f(x).flatten(2) for f in (self.query, self.key, self.value))
+        query, key, value = self.query(x).flatten(2), self.key(x).flatten(2), self.value(x).flatten(2)
         attention = torch.bmm(query.transpose(1, 2), key).softmax(-1)  # (B, N, N), rows sum to one
         return torch.bmm(value, attention.transpose(1, 2)).reshape(x.shape)
 
     def channel(self, x: torch.Tensor) -> torch.Tensor:
         """Return each channel's mean of the channels, weighted by softmax(x x^T): (B, C, H, W) to the same."""
-        flat = x.flatten(2)
-        attention = torch.bmm(flat, flat.transpose(1, 2)).softmax(-1)  # (B, C, C), rows sum to one
-        return torch.bmm(attention, flat).reshape(x.shape)
+        return _mean_of_channels(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.alpha * self.position(x) + self.beta * self.channel(x)
+
+
+@torch.fx.wrap  # traced through, it would lose the context
+def _mean_of_channels(x: torch.Tensor) -> torch.Tensor:
+    """Compute `channel` in float32 at least, autocast or not: x x^T sums over positions, too much for float16."""
+    if torch.jit.is_scripting():  # where autocast takes no device of a tensor
+        return _mean_in_wide_type(x)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            return _mean_in_wide_type(x)
+
+
+def _mean_in_wide_type(x: torch.Tensor) -> torch.Tensor:
+    flat = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+    attention = torch.bmm(flat, flat.transpose(1, 2)).softmax(-1)  # (B, C, C), rows sum to one
+    return torch.bmm(attention, flat).reshape(x.shape).to(x.dtype)

@@ -58,7 +58,7 @@ class GeThetaPlus(nn.Module):
         placed = {"device": device, "dtype": dtype}
         self.feat_size = None if feat_size is None else tuple(feat_size)
         self.gather = nn.Sequential()
-        if self.feat_size:
+        if self.feat_size is not None:
             self.gather.append(_depthwise(channels, self.feat_size, 1, 0, **placed))
         else:
             for index in range(_log2("extent", extent)):
@@ -70,10 +70,14 @@ class GeThetaPlus(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1, **placed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.feat_size and tuple(x.shape[2:]) != self.feat_size:
-            raise ValueError(f"The input must be of feat_size {self.feat_size}, got {tuple(x.shape[2:])}.")
+        if self.feat_size is not None:
+            self._check_size(x.shape[2], x.shape[3])
         y = self.fc2(self.act(self.fc1(self.gather(x))))
         return x * nn.functional.interpolate(y, size=x.shape[2:]).sigmoid()
+
+    def _check_size(self, height: int, width: int) -> None:
+        if (height, width) != self.feat_size:
+            raise ValueError(f"The input must be of feat_size {self.feat_size}, got {(height, width)}.")
 
 
 def _log2(name: str, value: int) -> int:
