@@ -75,9 +75,9 @@ def main() -> None:
 
 def suffix_of(args: argparse.Namespace) -> str:
     """Return what the names of all cells of a run end with."""
-    of_network = "" if args.tail and args.size == 224 else f" {args.size}"
+    pixels = ("" if args.size == 224 else f" {args.size} pixels") if args.tail else f" {args.size}"
     threads = f" {args.threads} threads" if args.threads > 1 else ""
-    return of_network + " bf16" * args.autocast + " kept" * args.keep_memory + threads
+    return pixels + " bf16" * args.autocast + " kept" * args.keep_memory + threads
 
 
 def prepare(threads: int, memory_kept: bool) -> None:

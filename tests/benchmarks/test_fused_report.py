@@ -30,13 +30,13 @@ def test_a_cell_of_speed(repository, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["speed.py", *arguments.split(), "--out", str(out), *extra])
         runpy.run_path(str(repository / "benchmarks" / "speed.py"), run_name="__main__")
     cells = json.loads(out.read_text())["cells"]
-    tails = ["resnet18 inference 2 nchw eager", "resnet18 training 2 nchw eager"]
+    tails = ["resnet18 inference 2 nchw eager 32 pixels", "resnet18 training 2 nchw eager 32 pixels"]
     assert list(cells) == ["resnet18 training 2 nchw eager 32", *tails]
     assert all(figures["ratio"]["plain"]["median"] == 1 for figures in cells.values())
     assert [figures["ratio"]["eca"]["rounds"] for figures in cells.values()] == [6, 3, 3]
     assert all(cells[name]["bandwidth"].keys() == {"eca", "copy"} for name in tails)
     shown = capsys.readouterr().out
-    assert "| resnet18 training 2 nchw eager |" in shown
+    assert "| resnet18 training 2 nchw eager 32 pixels |" in shown
     assert re.search(r"\| \d+\.\d of \d+\.\d \|$", shown, re.MULTILINE)
 
 
