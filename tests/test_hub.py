@@ -1,9 +1,7 @@
 """Folders in Hub format without a Hub: what is written, who can load it, what the check finds."""
 
-import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import timm
@@ -253,54 +251,6 @@ class TestCheck:
     def test_neither_folder_nor_repository(self, source, capsys):
         assert main(["verify", source]) == 2
         assert "There is no folder" in capsys.readouterr().err
-
-
-class TestInTheCache:
-    """Small weights that are in git itself, and so named by git's digest; the config records none."""
-
-    COMMIT = "a" * 40
-
-    @pytest.fixture
-    def cache(self, folder, tmp_path):
-        repo = tmp_path / "cache" / "models--lab--net"
-        snapshot = repo / "snapshots" / self.COMMIT
-        for path in (snapshot, repo / "blobs"):
-            path.mkdir(parents=True)
-        config = {**json.loads((folder / "config.json").read_text()), "weights": None}
-        weights = (folder / "model.safetensors").read_bytes()
-        for name, content in (("config.json", json.dumps(config).encode()), ("model.safetensors", weights)):
-            blob = repo / "blobs" / hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            blob.write_bytes(content)
-            (snapshot / name).symlink_to(blob)
-        return tmp_path / "cache"
-
-    def load(self, cache):
-        return hub.load(f"lab/net@{self.COMMIT}", cache_dir=cache)
-
-    def damage(self, cache):
-        flip(cache / "models--lab--net" / "snapshots" / self.COMMIT)
-
-    def test_intact(self, cache, net):
-        assert torch.equal(self.load(cache).bn1.weight, net.bn1.weight)
-
-    def test_damaged(self, cache):
-        self.damage(cache)
-        message = "its git digest is .*, the Hub's name of the file says .* It was removed from the cache; try again"
-        with pytest.raises(IntegrityError, match=message):
-            self.load(cache)
-        assert not [path for path in cache.rglob("*") if not path.is_dir()]
-
-    def test_damaged_and_read_only(self, cache, monkeypatch):
-        def refuse(path, missing_ok=False):
-            raise PermissionError(13, "Permission denied", str(path))
-
-        self.damage(cache)
-        monkeypatch.setattr(Path, "unlink", refuse)
-        message = (
-            r"git digest is .* cannot be removed from the cache \(Permission denied\): remove .*/blobs/\w{40}, or use"
-        )
-        with pytest.raises(IntegrityError, match=message):
-            self.load(cache)
 
 
 def test_uninstalled(folder, tmp_path):

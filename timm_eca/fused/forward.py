@@ -93,8 +93,10 @@ def _downsampled(parts: Parts, x: Tensor) -> tuple[Tensor, Norm | None]:
     *before, last = parts.downsample
     for layer in before:
         x = layer(x)
-    if not (torch.is_grad_enabled() or norm.of_batch) and norm.keeps_type(x) and native.are_plain(norm.given()[:4]):
-        return x, norm.given()
+    if not (torch.is_grad_enabled() or norm.of_batch) and norm.keeps_type(x):
+        given = norm.given()
+        if native.are_plain(given[:4]):
+            return x, given
     # Where a gradient is recorded, x is not overwritten, which somebody may have got hold of.
     out = None
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():

@@ -95,7 +95,7 @@ def worth_a_call(z: Tensor) -> bool:
 
 def is_known(condition: Any) -> bool:
     """Whether something holds of all the sizes that a graph is made for, of which it shall not exclude any."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a second to import
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
     return statically_known_true(condition)
 
@@ -129,7 +129,7 @@ class _FusedTail(torch.autograd.Function):
         if torch.is_grad_enabled():
             grad = grad if out is None else passes.let_through(grad, out, act)
             return *_differentiable(grad, z, weights, wanted, of_batch), None
-        z = z if _is_dense(z) else z.contiguous()  # a hook on saved tensors may have laid it out anew, and out
+        z = z.contiguous(memory_format=layout_of(z))  # a hook on saved tensors may have laid it out anew, and out
         out = out if out is None else _as_format(out, z)
         given = _as_format(grad, z), out, z, pooled, weights, [*wanted[:5], of_batch]
         return *(passes.backward(*given, act) if by_operations else engine.backward(*given)), None
@@ -145,10 +145,6 @@ def _differentiable(grad: Tensor, z: Tensor, weights: TailWeights, wanted: Any, 
     asked = [t if want else None for t, want in zip(inputs, (wanted[0], *wanted[2:5]))]
     dz, *d_weights = passes.grads_of((result,), (grad,), asked, create_graph=True)
     return [dz, grad if wanted[1] else None, *d_weights]
-
-
-def _is_dense(z: Tensor) -> bool:
-    return z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last)
 
 
 def _as_format(grad: Tensor, z: Tensor) -> Tensor:
