@@ -15,7 +15,7 @@ from timm.models import _registry, group_parameters, reparameterize_model
 from torch import nn
 
 from additions import Recorder
-from family_names import NAMES, SMALL, create, enliven_, image, keeping, new, with_attn
+from family_names import NAMES, SMALL, copy_of, create, enliven_, image, keeping, new, with_attn
 from timm_eca import EcaLayer, add_attn_, attn_modules, plan_attn, timm_hooks
 from timm_eca.block_rule import rule_key
 from timm_eca.blocks import BLOCKS
@@ -87,8 +87,9 @@ class TestTable:
         rows = {r["name"]: r for r in json.loads((repository / "docs" / "coverage.json").read_text())["models"]}
         assert list(rows) == timm_names(), "timm-eca coverage writes the table anew"
         for name in NAMES:
-            assert rows[name]["sites"] == coverage_of(name).sites, name
-            assert set(rows[name]["places"]) == set(coverage_of(name).places), name
+            today = coverage_of(name)
+            assert rows[name]["sites"] == today.sites, name
+            assert set(rows[name]["places"]) == set(today.places), name
         refused = {r["module"] for r in rows.values() if not r["sites"]}
         assert not refused & FAMILIES
         for module in refused:
@@ -137,7 +138,7 @@ class TestAsAModel:
         sites = {where: tuple(plan_attn(plain, attn_where=where)) for where in {keeping(plain), "add"}}
         x = image(name)
         for where in {sites[where]: where for where in sites}.values():  # each once where they are the same
-            model = add_attn_(copy.deepcopy(plain), "eca", attn_where=where, attn_init="identity")
+            model = add_attn_(copy_of(plain), "eca", attn_where=where, attn_init="identity")
             with torch.no_grad():
                 assert torch.equal(model.eval()(x), plain(x))
 
@@ -150,18 +151,18 @@ class TestAsAModel:
     def test_copies_and_checkpoints(self, name, plain):
         """Copies compute the same; plain weights load, complete ones too, half of the attention's do not."""
         where = keeping(plain)
-        model = add_attn_(copy.deepcopy(plain), "eca", attn_where=where)
+        model = add_attn_(copy_of(plain), "eca", attn_where=where)
         x = image(name, batch=1)
         pickled = io.BytesIO()
         torch.save(model, pickled)
         pickled.seek(0)
-        other = add_attn_(copy.deepcopy(plain), "eca", attn_where=where)
+        other = add_attn_(copy_of(plain), "eca", attn_where=where)
         other.load_state_dict(model.state_dict())
         with torch.no_grad():
             expected = model(x)
             for twin in (copy.deepcopy(model), torch.load(pickled, weights_only=False), other):
                 assert torch.equal(twin(x), expected)
-        replacing = add_attn_(copy.deepcopy(plain), "eca", attn_where="end")
+        replacing = add_attn_(copy_of(plain), "eca", attn_where="end")
         before = {path: layer.conv.weight.clone() for path, layer in attn_modules(replacing).items()}
         replacing.load_state_dict(plain.state_dict())
         assert all(torch.equal(layer.conv.weight, before[p]) for p, layer in attn_modules(replacing).items())
@@ -182,7 +183,7 @@ class TestAsAModel:
             timm.utils.model.freeze_batch_norm_2d,
             reparameterize_model,
         ):
-            converted = convert(copy.deepcopy(model))
+            converted = convert(copy_of(model))
             ran = set()
             for path, layer in attn_modules(converted).items():
                 layer.register_forward_hook(lambda *_, ran=ran, path=path: ran.add(path))

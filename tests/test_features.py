@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from family_names import NAMES, create, image, keeping, new, small
+from family_names import NAMES, WithoutValues, create, image, keeping, new, small
 from timm_eca import attn_modules
 
 KINDS = ["list", "hook", "getter"]
@@ -15,7 +15,8 @@ IDENTITY = {"attn_layer": "eca", "attn_init": "identity"}
 
 def features_of(name, weights, **kwargs):
     overlay = {"state_dict": dict(weights), "file": None}
-    return new(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    with WithoutValues():
+        return new(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
 
 
 def check(name, **kind):

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from family_names import NAMES, image
+from family_names import NAMES, WithoutValues, image, new
 from timm_eca import EcaLayer, attn_modules
 
 # Features that are taken before the end of their stage, or after further layers: not the tensor that the layer gives.
@@ -32,18 +32,16 @@ class Factor(nn.Module):
         return x * self.factor
 
 
-def seeded(name, **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, **kwargs).eval()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_each_stage_and_its_feature(name):
     """Each layer runs once, in order, on a tensor of its width; a layer that gives zero makes its feature zero."""
     x, ran = image(name, batch=1), []
-    plain = seeded(name, features_only=True)
-    whole = timm.create_model(name, attn_layer=Factor, attn_where="stage", device="meta").eval()
-    features = seeded(name, features_only=True, attn_layer=Factor, attn_where="stage")
+    torch.manual_seed(0)
+    plain = new(name, features_only=True).eval()
+    whole = new(name, attn_layer=Factor, attn_where="stage", device="meta").eval()
+    with WithoutValues():
+        features = new(name, features_only=True, attn_layer=Factor, attn_where="stage").eval()
+    features.load_state_dict(plain.state_dict(), strict=False)  # the layers are not in it
     for path, layer in attn_modules(whole).items():
         layer.register_forward_hook(lambda *_, path=path: ran.append(path))
     with torch.no_grad():
