@@ -1,7 +1,6 @@
 """Converting checkpoints: against hand-built key tables and an independent statement of the official networks."""
 
 import argparse
-import json
 
 import pytest
 import timm
@@ -52,7 +51,7 @@ class TestGolden:
         torch.manual_seed(0)
         theirs = randomize_(official(name)).eval()
         torch.save(training_checkpoint(theirs), tmp_path / "any_name.pth.tar")
-        found = convert(tmp_path / "any_name.pth.tar", tmp_path / "out")
+        found = convert(tmp_path / "any_name.pth.tar", tmp_path / "out", f"{name}.ecanet_in1k")
         assert found.model == name
         ours = hub.load(tmp_path / "out").eval()
         x = torch.randn(2, 3, 64, 64)
@@ -82,6 +81,15 @@ class TestFormats:
         convert(path, tmp_path / "out", **kwargs)
         weights = load_file(tmp_path / "out" / "model.safetensors")
         assert torch.equal(weights["layer4.1.se.conv.weight"], resnet18.state_dict()["layer4.1.eca.conv.weight"])
+
+    @pytest.mark.parametrize("model", [None, "eca_resnet18"])
+    def test_nothing_is_claimed_of_another_training_by_the_official_code(self, model, saved, tmp_path):
+        convert(saved(), tmp_path / "out", model)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert all(word not in card for word in ("70.92", "## Recipe", "authors", "license: mit", "ecanet_in1k"))
+        config = read_config(tmp_path / "out")
+        assert not {"tag", "license", "origin_url"} & config["pretrained_cfg"].keys()
+        hub.verify(tmp_path / "out")
 
     def test_raw_state_dict(self, resnet18, tmp_path):
         torch.save(resnet18.state_dict(), tmp_path / "raw.pth")
@@ -124,8 +132,6 @@ class TestFormats:
         again = hub.load(tmp_path / "out")
         assert torch.equal(again.bn1.weight, models[ema].bn1.weight)
         assert again.num_classes == 7
-        config = json.loads((tmp_path / "out" / "config.json").read_text())
-        assert "tag" not in config["pretrained_cfg"]  # not the authors' weights
 
     def test_model_of_no_release(self, tmp_path):
         name, sizes = "eca_inception_v3", (3, 5, 9)  # of the stages that carry the layer, which are 5 to 7

@@ -30,8 +30,25 @@ def test_other_model_expected(saved, tmp_path):
     refused(saved(), tmp_path, message, model="eca_resnet50.ecanet_in1k")
 
 
-def test_unknown_model_expected(saved, tmp_path):
-    refused(saved(), tmp_path, "Unknown model 'resnet50'. Models that", model="resnet50")
+@pytest.mark.parametrize("name", ["resnet50", "eca_resnet18.in1k", "eca_resnext50_32x4d.ecanet_in1k"])
+def test_unknown_model_expected(name, saved, tmp_path):
+    refused(saved(), tmp_path, f"Unknown model '{name}'. Models that", model=name)
+
+
+def test_not_the_released_file_by_its_keys(tmp_path):
+    torch.save(timm.create_model("eca_resnet18").state_dict(), tmp_path / "last.pth")
+    message = "is not the eca_resnet18 that the paper's authors released: it has timm's keys"
+    refused(tmp_path / "last.pth", tmp_path, message, model="eca_resnet18.ecanet_in1k")
+
+
+def test_not_the_released_file_by_its_shapes(saved, tmp_path):
+    def shrink(checkpoint):
+        weights = checkpoint["state_dict"]
+        for key in ("fc.weight", "fc.bias"):
+            weights[f"module.{key}"] = weights[f"module.{key}"][:9].clone()
+
+    message = "the official code's keys, .* 9 classes"
+    refused(saved(shrink), tmp_path, message, model="eca_resnet18.ecanet_in1k")
 
 
 class Evil:

@@ -43,7 +43,7 @@ attempt("no folder", create)
         f"lab/eca_resnet101.ecanet_in1k on {server.url} does not exist, or is private and HF_TOKEN or hf auth login"
         " is needed. The weights of eca_resnet101 are files of the paper's authors"
         " (https://github.com/BangguWu/ECANet), which must be converted: timm-eca convert CHECKPOINT"
-        " DIR/eca_resnet101.ecanet_in1k --model eca_resnet101, then set TIMM_ECA_WEIGHTS=DIR.",
+        " DIR/eca_resnet101.ecanet_in1k --model eca_resnet101.ecanet_in1k, then set TIMM_ECA_WEIGHTS=DIR.",
     ]
     assert "released no weights of eca_resnext50_32x4d" in found["never released"][1]
     assert "lab/none" in found["explicit id"][1]

@@ -1,5 +1,6 @@
 import itertools
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,41 @@ def test_of_another_command(tmp_path):
         fill(tmp_path / "out")
 
 
-def test_files_of_others(tmp_path):
-    fill(tmp_path / "out", "old")
-    (tmp_path / "out" / "notes.txt").touch()
-    with pytest.raises(CommandError, match="holds other files than those of test"):
+@pytest.mark.parametrize("name", ["notes.txt", "content2", "photos/", "more/content", "content/results.json"])
+def test_files_of_others(name, tmp_path):
+    out = tmp_path / "out"
+    fill(out, "old")
+    if name.startswith("content/"):
+        (out / "content").unlink()
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).mkdir() if name.endswith("/") else (out / name).touch()
+    before = sorted(out.rglob("*"))
+    message = f"holds other files than those of test, such as {name.rstrip('/')}. Give a new or empty folder."
+    with pytest.raises(CommandError, match=re.escape(message)):
+        fill(out)
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_linked_folder_is_of_others(tmp_path):
+    fill(tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "out" / "mine").symlink_to("../mine")
+    with pytest.raises(CommandError, match="such as mine"):
         fill(tmp_path / "out")
-    assert (tmp_path / "out" / "content").read_text() == "old"
+
+
+def test_patterns(tmp_path):
+    def fill_data():
+        with whole_folder(tmp_path / "out", "test", ("results.json", "data/[0-9].png")) as folder:
+            (folder / "data").mkdir()
+            (folder / "data" / "1.png").touch()
+            (folder / "results.json").write_text('{"made_by": "test"}')
+
+    fill_data()
+    fill_data()
+    (tmp_path / "out" / "data" / "mine.png").touch()
+    with pytest.raises(CommandError, match=r"such as data/mine\.png"):
+        fill_data()
 
 
 def test_files_that_come_during_the_run(tmp_path):

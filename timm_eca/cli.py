@@ -58,7 +58,12 @@ def _add_convert(commands) -> None:
     )
     convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="file of torch.save or safetensors")
     convert.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write, new or empty")
-    convert.add_argument("--model", metavar="NAME", help="what the file must hold (default: inferred from it)")
+    convert.add_argument(
+        "--model",
+        metavar="NAME",
+        help="what the file must hold (default: inferred from it);"
+        " with a tag, eca_resnet50.ecanet_in1k, it is the authors' file, and the card gives their figures",
+    )
     convert.add_argument("--ema", action="store_true", help="take the moving average of a training checkpoint")
     convert.set_defaults(run=_convert)
 

@@ -16,7 +16,7 @@ from . import hub
 from .checkpoint_files import StateDict, read_tensors, some
 from .layouts import in_timm_layout
 from .models import ENTRYPOINTS
-from .models.released import RELEASED
+from .models.released import RELEASED, TAG
 from .weights import sha256_of
 
 __all__ = ["Checkpoint", "convert", "infer"]
@@ -50,12 +50,15 @@ def convert(path: str | Path, out: str | Path, model: str | None = None, *, ema:
         path: A file of `torch.save` or safetensors: the official repository's or timm's training checkpoint, or a
             state dict; with or without `module.` before its keys.
         out: Folder to write, new or empty.
-        model: The entrypoint that the file is expected to hold. None: whichever it holds.
+        model: The entrypoint that the file is expected to hold. None: whichever it holds. With the tag of the released
+            weights, 'eca_resnet50.ecanet_in1k', the file is the one that the paper's authors released, and the card
+            gives what they reported of it. Nothing in a file tells theirs from another training by their code.
         ema: Take the moving average of the weights from a training checkpoint.
 
     Raises:
         ValueError: If the file cannot be read without running code, holds no model of this package, holds another
-            than expected, lacks tensors or has too many, or holds values that are not finite; or `out` is in use.
+            than expected, cannot be the released one, lacks tensors or has too many, or holds values that are not
+            finite; or `out` is in use.
     """
     path, out = Path(path).expanduser(), Path(out).expanduser()
     _check_new(out)
@@ -69,9 +72,12 @@ def convert(path: str | Path, out: str | Path, model: str | None = None, *, ema:
     default = timm.create_model(found.model, device="meta")
     if _shapes(default) == _shapes(network):
         network._model_args = {}  # type: ignore[assignment]  # the entrypoint's own preset needs no arguments
-    released = found.model if _may_be_released(found, network, default) else None
-    if released is None:
-        network.pretrained_cfg.pop("tag", None)  # type: ignore[operator,union-attr]
+    released = found.model if model and "." in model else None
+    if released:
+        _check_released(found, _shapes(network) == _shapes(default), path)
+    else:
+        for key in ("tag", "license", "origin_url"):  # these are the released weights'
+            network.pretrained_cfg.pop(key, None)  # type: ignore[operator,union-attr]
     origin = f"converted by timm-eca from `{path.name}`, sha256 `{sha256_of(path)}`"
     hub.save(network, out, portable=False if released else None, released=released, origin=origin)
     return found
@@ -84,21 +90,28 @@ def _check_new(out: Path) -> None:
 
 def _check_expected(found: Checkpoint, model: str, path: Path) -> None:
     names = [entrypoint.__name__ for entrypoint in ENTRYPOINTS]
-    expected = model.partition(".")[0]
-    if expected not in names:
+    names += [f"{name}.{TAG}" for name in RELEASED]
+    if model not in names:
         raise ValueError(f"Unknown model {model!r}. Models that checkpoints are converted to: {', '.join(names)}.")
+    expected = model.partition(".")[0]
     if expected != found.model:
         raise ValueError(
             f"{path} holds {found.model} with kernel sizes {found.kernel_sizes} per stage, not {expected} as expected."
         )
 
 
+def _check_released(found: Checkpoint, same_shapes: bool, path: Path) -> None:
+    if not (found.official and same_shapes):
+        layout = "the official code's" if found.official else "timm's"
+        raise ValueError(
+            f"{path} is not the {found.model} that the paper's authors released: it has {layout} keys, kernel sizes"
+            f" {found.kernel_sizes} per stage, {found.num_classes} classes, {found.in_chans} channels. Give the model"
+            " without the tag."
+        )
+
+
 def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in model.state_dict().items()}
-
-
-def _may_be_released(found: Checkpoint, network: torch.nn.Module, default: torch.nn.Module) -> bool:
-    return found.official and found.model in RELEASED and _shapes(network) == _shapes(default)
 
 
 def infer(tensors: StateDict, name: str = "The checkpoint") -> Checkpoint:

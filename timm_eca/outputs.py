@@ -1,6 +1,7 @@
 """A folder of results that appears whole or not at all."""
 
 import contextlib
+import fnmatch
 import json
 import os
 import shutil
@@ -17,12 +18,13 @@ RESULTS = "results.json"
 
 @contextlib.contextmanager
 def whole_folder(
-    out: Path, made_by: str, files: Collection[str], replaceable: Callable[[Path], bool] | None = None
+    out: Path, made_by: str, patterns: Collection[str], replaceable: Callable[[Path], bool] | None = None
 ) -> Iterator[Path]:
     """Give a fresh folder beside `out` and rename it to `out` at the end; on any error it is deleted.
 
-    An existing `out`, or what it links to, is replaced if it is empty, or if it holds nothing but `files` and is
-    replaceable, by default if its `results.json` says that the same command made it.
+    An existing `out`, or what it links to, is replaced if it is empty, or if every file in it has a path that one of
+    `patterns` (of fnmatch) matches and it is replaceable, by default if its `results.json` says that the same command
+    made it.
 
     Raises:
         CommandError: If `out` holds anything else, is the working folder or a mount point, or cannot be written.
@@ -30,10 +32,11 @@ def whole_folder(
     out = Path(os.path.realpath(out.expanduser()))
 
     def check(folder: Path) -> None:
-        names = {path.name for path in folder.iterdir()}
-        ours = names <= set(files) and (replaceable(folder) if replaceable else _made_by(folder, made_by))
-        if names and not ours:
-            raise CommandError(f"{out} holds other files than those of {made_by}. Give a new or empty folder.")
+        is_ours = replaceable or (lambda folder: _made_by(folder, made_by))
+        foreign = next((p for p in _paths(folder) if not any(fnmatch.fnmatchcase(p, ours) for ours in patterns)), None)
+        if foreign or (any(folder.iterdir()) and not is_ours(folder)):
+            such = f", such as {foreign}" if foreign else ""
+            raise CommandError(f"{out} holds other files than those of {made_by}{such}. Give a new or empty folder.")
 
     try:
         if os.path.lexists(out):
@@ -57,6 +60,13 @@ def _check_place(out: Path) -> None:
         raise CommandError(f"{out} is not a folder. Give a new or empty folder.")
     if os.path.ismount(out) or out.samefile("."):  # neither can be renamed without harm
         raise CommandError(f"{out} is a mount point or the working folder. Give a folder in it.")
+
+
+def _paths(folder: Path) -> Iterator[str]:
+    """Yield the paths in a folder of all files, links and empty folders."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
+            yield path.relative_to(folder).as_posix()
 
 
 def _made_by(out: Path, made_by: str) -> bool:

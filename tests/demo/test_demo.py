@@ -69,10 +69,11 @@ def test_saved_model_knows_its_data(finished):
 
 def test_an_earlier_demo_is_replaced(finished, capsys):
     out, _, _ = finished
-    (out / "notes.txt").touch()
+    mine = out / "digits" / "train" / "3" / "mine.png"
+    mine.touch()
     assert main(["demo", "--epochs", "1", "--out", str(out)]) == 2
-    assert "holds other files than those of timm-eca demo" in capsys.readouterr().err
-    (out / "notes.txt").unlink()
+    assert "holds other files than those of timm-eca demo, such as digits/train/3/mine.png" in capsys.readouterr().err
+    mine.unlink()
     assert main(["demo", "--epochs", "1", "--out", str(out)]) == 0
     assert len(json.loads((out / "results.json").read_text())["histories"]["resnet18"]["top1"]) == 1
     assert not [p for p in out.parent.iterdir() if p != out]

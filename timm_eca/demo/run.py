@@ -18,6 +18,7 @@ from torch import nn
 from ..errors import CommandError
 from ..inject import attn_modules
 from ..outputs import RESULTS, whole_folder
+from ..weights import CONFIG, WEIGHTS
 from .digits import CLASSES, write_digits
 from .figures import mean_channel_weights, plot_channel_weights, plot_curves
 from .training import DATA_CONFIG, History, make_loaders, train
@@ -25,7 +26,15 @@ from .training import DATA_CONFIG, History, make_loaders, train
 __all__ = ["run_demo"]
 
 MADE_BY = "timm-eca demo"
-FILES = ("digits", "model", "curves.png", "channel_weights.png", RESULTS)
+FILES = (
+    f"digits/train/[0-9]/{'[0-9]' * 4}.png",
+    f"digits/val/[0-9]/{'[0-9]' * 4}.png",
+    f"model/{CONFIG}",
+    f"model/{WEIGHTS}",
+    "curves.png",
+    "channel_weights.png",
+    RESULTS,
+)
 BACKBONE = "resnet18"
 NEEDS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 SEED = 42

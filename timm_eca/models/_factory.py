@@ -8,13 +8,12 @@ from timm.models import model_entrypoint, resolve_pretrained_cfg
 from torch import nn
 
 from ._sources import checked_source, from_own_org, hub_id, name_source
+from .released import TAG
 
 __all__ = ["KernelSizes", "create_eca", "eca_cfg"]
 
 KernelSizes = str | int | Sequence[int]
 """'adaptive' (Eq. 12), one kernel size for all blocks, or one for each stage."""
-
-TAG = "ecanet_in1k"
 
 
 def eca_cfg(name: str, **kwargs: Any) -> dict[str, dict[str, Any]]:

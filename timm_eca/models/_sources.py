@@ -83,7 +83,7 @@ def _how_to_get(cfg: PretrainedCfg) -> str:
         return f"The paper's authors released no weights of {name}: train it, with pretrained=False."
     return (
         f"The weights of {name} are files of the paper's authors ({cfg.origin_url}), which must be converted:"
-        f" timm-eca convert CHECKPOINT DIR/{_published(cfg)} --model {name}, then set TIMM_ECA_WEIGHTS=DIR."
+        f" timm-eca convert CHECKPOINT DIR/{_published(cfg)} --model {_published(cfg)}, then set TIMM_ECA_WEIGHTS=DIR."
     )
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 from ..paper import paper_tables
 
-__all__ = ["RELEASED", "Recipe", "Released"]
+__all__ = ["RELEASED", "TAG", "Recipe", "Released"]
+
+TAG = "ecanet_in1k"
+"""Of the released weights, in timm's names: 'eca_resnet50.ecanet_in1k'."""
 
 
 @dataclass(frozen=True)
