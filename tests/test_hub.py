@@ -106,6 +106,15 @@ class TestPortable:
             with pytest.raises(IntegrityError, match=r"says that it is portable, and needs model_args with block_args"):
                 check(folder)
 
+    def test_attention_that_there_is_not(self, tmp_path):
+        folder = hub.save(PORTABLE["entrypoint"](), tmp_path / "m")
+        config = json.loads((folder / "config.json").read_text())
+        config["attn"]["attn_layer"] = "ecs"
+        (folder / "config.json").write_text(json.dumps(config))
+        for check in (hub.load, hub.verify):
+            with pytest.raises(IntegrityError, match="can be made as its config says: Unknown attention layer 'ecs'"):
+                check(folder)
+
 
 class TestSave:
     def test_what_is_written(self, net, folder):
@@ -186,6 +195,9 @@ DAMAGE = {
 }
 MISFIT = {
     "no digest": (lambda f: change(f, weights={}), "records no sha256"),
+    "no arguments": (lambda f: change(f, model_args=[3]), "can be made as its config says"),
+    "classes": (lambda f: change(f, num_classes="ten"), "can be made as its config says"),
+    "preprocessing": (lambda f: change(f, pretrained_cfg=None), "can be made as its config says"),
     "arguments": (lambda f: change(f, model_args={"depth": 3}), r"can be made as its config says: .*'depth'"),
     "missing": (
         lambda f: set_weights(f, lambda t: t.pop("bn1.bias")),
@@ -212,11 +224,12 @@ class TestCheck:
         assert capsys.readouterr().err.count("\n") == 1
 
     @pytest.mark.parametrize("kind", MISFIT)
-    def test_verify(self, kind, copy, capsys):
+    def test_misfit(self, kind, copy, capsys):
         damage, message = MISFIT[kind]
         damage(copy)
-        with pytest.raises(IntegrityError, match=message):
-            hub.verify(copy)
+        for check in (hub.verify, hub.load)[: 1 if kind == "no digest" else 2]:  # that one loads
+            with pytest.raises(IntegrityError, match=message):
+                check(copy)
         assert main(["verify", str(copy)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 

@@ -122,6 +122,8 @@ def load(source: str | Path, *, cache_dir: Any = None, token: str | bool | None 
         WeightsError: If the weights are missing, not reachable, or not what they should be.
     """
     folder, config = _checked(source, cache_dir, token)
+    if recorded_digest(config):  # so `save` wrote it; others may hold an older layout, which timm renames
+        _check_fit(source, folder, config)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, **{**_attn_args(config), **kwargs})
     if folder != Path(source):
         model.pretrained_cfg.pop("file", None)  # type: ignore[operator,union-attr]
@@ -184,10 +186,22 @@ def verify(source: str | Path, *, cache_dir: Any = None, token: str | bool | Non
     sha256 = recorded_digest(config)
     if sha256 is None:
         raise IntegrityError(f"{source} records no sha256 of its weights: nothing tells whether they are intact.")
+    tensors = _check_fit(source, folder, config)
+    return {
+        "architecture": config["architecture"],
+        "sha256": sha256,
+        "size": (folder / WEIGHTS).stat().st_size,
+        "tensors": tensors,
+        "kernel_sizes": config.get("kernel_sizes"),
+    }
+
+
+def _check_fit(source: str | Path, folder: Path, config: dict[str, Any]) -> int:
+    """Return the number of tensors; raise IntegrityError if they are not of the model that the config describes."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     try:
-        model = timm.create_model(f"local-dir:{folder}", device="meta")
+        model = timm.create_model(f"local-dir:{folder}", device="meta", **_attn_args(config))
     except Exception as error:  # timm calls the model with whatever arguments the config holds
         raise IntegrityError(
             f"{source}: no {config['architecture']} can be made as its config says: {error}"
@@ -199,10 +213,4 @@ def verify(source: str | Path, *, cache_dir: Any = None, token: str | bool | Non
             f"{source}: {len(wrong)} of {len(expected)} tensors do not fit {config['architecture']}: "
             + "; ".join(f"{n} is {found.get(n, 'absent')}, not {expected.get(n, 'there')}" for n in wrong[:4])
         )
-    return {
-        "architecture": config["architecture"],
-        "sha256": sha256,
-        "size": (folder / WEIGHTS).stat().st_size,
-        "tensors": len(found),
-        "kernel_sizes": config.get("kernel_sizes"),
-    }
+    return len(found)
