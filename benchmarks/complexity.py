@@ -12,8 +12,7 @@ from timm_eca.complexity import complexity_report
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SUFFIXES = {"markdown": "md", "csv": "csv", "json": "json"}
-README_SECTIONS = ("table_3", "table_a", "headline")
-BEGIN, END = "<!-- timm-eca complexity table_3 table_a headline -->", "<!-- end -->"
+BEGIN, END = "<!-- timm-eca complexity table_3 -->", "<!-- end -->"
 
 
 def main() -> None:
@@ -31,8 +30,8 @@ def main() -> None:
 def with_block(readme: str) -> str:
     """Return the README with its generated block made anew."""
     before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{complexity_report(README_SECTIONS)}{END}{after}"
+    _, after = rest.split(END, 1)
+    return f"{before}{BEGIN}\n{complexity_report(['table_3'])}{END}{after}"
 
 
 if __name__ == "__main__":
