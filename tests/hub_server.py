@@ -132,6 +132,7 @@ class Handler(XetRoutes, Wire):
     def create(self, body, fault):
         self.writer()
         asked = json.loads(body)
+        self.hub.asked.append(asked)
         if not asked.get("organization"):
             raise RefusedError(400, "an organization is needed")
         repo_id = f"{asked['organization']}/{asked['name']}"

@@ -58,6 +58,7 @@ class Store:
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str, int]] = []
         self.headers: list[tuple[str, dict]] = []
+        self.asked: list[dict] = []  # of repositories to create
         self.lock = threading.RLock()
         self.stalled = threading.Event()  # set when the server stops
 

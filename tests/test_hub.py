@@ -106,6 +106,17 @@ class TestPortable:
             with pytest.raises(IntegrityError, match=r"says that it is portable, and needs model_args with block_args"):
                 check(folder)
 
+    @pytest.mark.parametrize("more", [{"checkpoint_path": "w.pth"}, {"pretrained_cfg_overlay": {"url": "file:w.pth"}}])
+    def test_nothing_but_attention(self, more, tmp_path):
+        """What else stood there would reach timm, which could load other weights than those that were checked."""
+        folder = hub.save(PORTABLE["entrypoint"](), tmp_path / "m")
+        config = json.loads((folder / "config.json").read_text())
+        config["attn"].update(more)
+        (folder / "config.json").write_text(json.dumps(config))
+        for check in (hub.load, hub.verify):
+            with pytest.raises(IntegrityError, match=r"attn with nothing but attn_layer, attn_kwargs, attn_stages"):
+                check(folder)
+
     def test_attention_that_there_is_not(self, tmp_path):
         folder = hub.save(PORTABLE["entrypoint"](), tmp_path / "m")
         config = json.loads((folder / "config.json").read_text())
@@ -116,7 +127,35 @@ class TestPortable:
                 check(folder)
 
 
+def other_head():
+    model = made("resnet18", attn_layer="eca")
+    model.fc = torch.nn.Linear(512, 10)
+    return model
+
+
+def partly_compiled():
+    model = made("eca_resnet18")
+    model.layer1 = torch.compile(model.layer1)
+    return model
+
+
 class TestSave:
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            (other_head, r"fc\.bias is \(10,\), not \(1000,\).* reset_classifier"),
+            (partly_compiled, r"layer1\.0\.bn1\.bias is absent.* before parts"),
+        ],
+    )
+    def test_a_model_that_its_config_does_not_make(self, changed, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            hub.save(changed(), tmp_path / "m")
+        assert not list(tmp_path.iterdir())
+
+    def test_released_name(self, net, tmp_path):
+        with pytest.raises(ValueError, match=r"released must be one of eca_resnet18, .* got 'eca_resnet18\.e'"):
+            hub.save(net, tmp_path / "m", released="eca_resnet18.e")
+
     def test_what_is_written(self, net, folder):
         assert sorted(path.name for path in folder.iterdir()) == FILES
         config = json.loads((folder / "config.json").read_text())
@@ -251,6 +290,44 @@ class TestCheck:
         flip(copy)
         with pytest.raises(IntegrityError, match="its sha256 is"):
             timm.create_model(NET, pretrained=True)
+
+    @pytest.mark.parametrize("portable", [False, True])
+    def test_lab_folder_of_ones_own_training(self, portable, tmp_path, monkeypatch):
+        """Classes, channels and preprocessing are those that were saved, unless others are asked for."""
+        sizes = {"kernel_sizes": "adaptive"}
+        model = made("eca_resnet18", num_classes=10, in_chans=1, **sizes)
+        hub.save(model, tmp_path / "eca_resnet18", portable=portable, data_config={"mean": (0.5,), "std": (0.25,)})
+        monkeypatch.setenv("TIMM_ECA_WEIGHTS", "~/weights")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "weights").symlink_to(tmp_path)
+        for again in (timm.create_model("eca_resnet18", pretrained=True, num_classes=n, **sizes) for n in (None, 10)):
+            assert torch.equal(again.fc.bias, model.fc.bias)
+            assert (again.num_classes, again.pretrained_cfg["mean"], again.conv1.in_channels) == (10, [0.5], 1)
+        again = timm.create_model("eca_resnet18", pretrained=True, in_chans=3, **sizes)
+        torch.testing.assert_close(again.conv1.weight.sum(1, keepdim=True), model.conv1.weight)
+        overlay = {"mean": (0.1, 0.2, 0.3)}
+        again = timm.create_model("eca_resnet18", True, pretrained_cfg_overlay=overlay, in_chans=1, **sizes)
+        assert again.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+        assert torch.equal(again.conv1.weight, model.conv1.weight)
+        assert again.pretrained_cfg["hf_hub_id"] == "timm-eca/eca_resnet18.ecanet_in1k"
+
+    def test_lab_folder_of_another_model(self, copy, monkeypatch):
+        monkeypatch.setenv("TIMM_ECA_WEIGHTS", str(copy.parent))
+        copy.rename(copy.parent / "eca_mobilenetv2_100")
+        with pytest.raises(WeightsError, match=f"holds a {NET}, not a eca_mobilenetv2_100"):
+            timm.create_model("eca_mobilenetv2_100", pretrained=True, features_only=True)
+
+    def test_lab_folder_that_lacks_tensors(self, copy, monkeypatch):
+        monkeypatch.setenv("TIMM_ECA_WEIGHTS", str(copy.parent))
+        set_weights(copy, lambda t: t.pop("bn1.bias"))
+        copy.rename(copy.parent / NET)
+        with pytest.raises(IntegrityError, match=r"bn1\.bias is absent"):
+            timm.create_model(NET, pretrained=True, num_classes=3)
+
+    def test_home(self, net, copy, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert torch.equal(hub.load("~/copy").bn1.weight, net.bn1.weight)
+        assert hub.verify("~/copy")["tensors"] == 331
 
     def test_a_pickle_beside_is_not_read(self, copy):
         for name in ("pytorch_model.bin", "model.pth"):

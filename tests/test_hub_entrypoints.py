@@ -1,5 +1,8 @@
 """`pretrained=True` of this package's models: which source is asked, and what is said where there is none."""
 
+import json
+import shutil
+
 from hub_client import digest
 
 NET = "eca_mobilenetv2_050"
@@ -48,3 +51,21 @@ attempt("no folder", create)
     assert "released no weights of eca_resnext50_32x4d" in found["never released"][1]
     assert "lab/none" in found["explicit id"][1]
     assert "TIMM_ECA_WEIGHTS must be a folder" in found["no folder"][1]
+
+
+def test_a_config_does_not_say_where_weights_are(server, client, folder, tmp_path):
+    """Names of other sources in a repository's config do not switch the check off."""
+    for name, further in (("file", {"hf_hub_filename": "model.safetensors"}), ("tensors", {"state_dict": {"x": 1}})):
+        copy = shutil.copytree(folder, tmp_path / name)
+        config = json.loads((copy / "config.json").read_text())
+        config["pretrained_cfg"].update(further)
+        (copy / "config.json").write_text(json.dumps(config))
+        server.put(f"lab/{name}", copy)
+    server.fault("GET", "for=lab/", "flip", times=-1)
+    found = client().run(
+        """
+for name in ("file", "tensors"):
+    attempt(name, lambda: timm.create_model(f"hf-hub:lab/{name}", pretrained=True))
+"""
+    )
+    assert [kind for kind, _ in found.values()] == ["IntegrityError"] * 2

@@ -170,3 +170,17 @@ def test_on_the_console(server, client, folder):
         assert message in error
     code, _, error = writer.command("push", folder, "lab/net", HF_TOKEN="hf_wrong")
     assert (code, error.count("\n")) == (2, 1)
+
+
+def test_owners_default_and_a_card_by_hand(server, client):
+    """A new repository is as private as its owner's default says; a card that is given is not left out."""
+    found = client().run(
+        """
+attempt("new", lambda: hub.push(net(1), "lab/net"), str)
+attempt("card", lambda: hub.push(net(1), "lab/net", card="---\\nlicense: mit\\n---\\nby hand\\n"), str)
+""",
+        HF_TOKEN=WRITER,
+    )
+    assert [kind for kind, _ in found.values()] == ["ok", "ok"]
+    assert "by hand" in server.files("lab/net")["README.md"].decode()
+    assert not {"private", "visibility"} & server.asked[0].keys()

@@ -23,7 +23,7 @@ def commands(text):
     env = {}
     for language, code in re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL):
         if language == "python":
-            yield None, code, {"TIMM_ECA_WEIGHTS": "weights"}
+            yield None, code, env
             continue
         for line in code.splitlines():
             command, *arguments = shlex.split(line, comments=True)

@@ -13,16 +13,16 @@ from typing import Any
 
 import timm
 from huggingface_hub import CommitOperationAdd, HfApi
-from safetensors import safe_open
 from torch import nn
 
 from .errors import IntegrityError, WeightsError
+from .fit import attn_args, check_fit
 from .hub_cache import hub_folder, split_hub_id
 from .hub_errors import explain, with_retries
 from .models import ENTRYPOINTS
 from .saving import FILES, describe, save, write_folder
 from .timm_hooks import installed
-from .weights import CARD, CONFIG, WEIGHTS, check_folder, read_config, recorded_digest
+from .weights import CARD, WEIGHTS, check_folder, read_config, recorded_digest
 
 __all__ = ["describe", "load", "push", "save", "verify", "write_folder"]
 
@@ -40,13 +40,14 @@ def push(
 ) -> str:
     """Upload a model, or a folder that `save` wrote, as one commit, and return the commit's URL.
 
-    A folder is checked first and uploaded as it is. The card written for a model never replaces one that the
-    repository has. Files that are there already are not sent again.
+    A folder is checked first and uploaded as it is. A card that this package writes for a model never replaces one that
+    the repository has. Files that are there already are not sent again.
 
     Args:
         source: A model, or a folder in Hub format.
         repo_id: 'org/name'; made if it does not exist.
-        private: Make a new repository private, and refuse one that is there and public.
+        private: Make a new repository private, and refuse one that is there and public. Otherwise a new one is what
+            its owner's default says.
         revision: Branch to commit to, made from the main branch if it does not exist. None: the main branch.
         create_pr: Open a pull request instead of committing to the branch.
         token: As huggingface_hub takes it.
@@ -61,15 +62,21 @@ def push(
     if at_revision:
         raise ValueError(f"Give the branch as revision={at_revision!r}, not in the name {repo_id!r}.")
     with _folder_of(source, repo, save_args) as folder, _explained(repo):
-        check_folder(folder, digest_required=True)
+        config = check_folder(folder, digest_required=True)
+        if not isinstance(source, nn.Module):  # `save` has checked a model
+            check_fit(folder, config, source)
         api = HfApi(token=token, library_name="timm-eca", library_version=version("timm-eca"))
-        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
         if private and not api.repo_info(repo).private:
             raise WeightsError(f"{repo} is there already and public: nothing was uploaded.")
         if revision and not create_pr and not api.revision_exists(repo, revision):
             api.create_branch(repo, branch=revision)
         files = list(FILES)
-        if isinstance(source, nn.Module) and api.file_exists(repo, CARD, revision=revision):
+        if (
+            isinstance(source, nn.Module)
+            and not save_args.get("card")
+            and api.file_exists(repo, CARD, revision=revision)
+        ):
             files.remove(CARD)
 
         def commit() -> Any:  # one commit, whatever the client's default: config and weights belong together
@@ -88,7 +95,7 @@ def _folder_of(source: nn.Module | str | Path, repo: str, save_args: dict[str, A
     if not isinstance(source, nn.Module):
         if save_args:
             raise ValueError(f"{', '.join(save_args)} are for a model; {source} is a folder that is saved already.")
-        yield Path(source)
+        yield Path(source).expanduser()
         return
     scratch = Path(tempfile.mkdtemp())
     try:
@@ -123,28 +130,21 @@ def load(source: str | Path, *, cache_dir: Any = None, token: str | bool | None 
     """
     folder, config = _checked(source, cache_dir, token)
     if recorded_digest(config):  # so `save` wrote it; others may hold an older layout, which timm renames
-        _check_fit(source, folder, config)
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True, **{**_attn_args(config), **kwargs})
-    if folder != Path(source):
+        check_fit(folder, config, source)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, **{**attn_args(config, source), **kwargs})
+    if folder != Path(source).expanduser():
         model.pretrained_cfg.pop("file", None)  # type: ignore[operator,union-attr]
         model.pretrained_cfg.update(source="hf-hub", hf_hub_id=str(source))  # type: ignore[operator,union-attr]
     return model
-
-
-def _attn_args(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what makes a portable config's model one with attention of this package, its spec included."""
-    if not config.get("portable"):
-        return {}
-    block_args = {k: v for k, v in config["model_args"]["block_args"].items() if k != "attn_layer"}
-    return {**config["attn"], "block_args": block_args}
 
 
 def _checked(
     source: str | Path, cache_dir: Any, token: Any, digest_required: bool = False
 ) -> tuple[Path, dict[str, Any]]:
     """Return the folder that source names or that its files were downloaded to, and its config, after the check."""
-    if Path(source).is_dir():
-        folder, config = Path(source), check_folder(Path(source), digest_required=digest_required)
+    local = Path(source).expanduser()
+    if local.is_dir():
+        folder, config = local, check_folder(local, digest_required=digest_required)
     elif isinstance(source, Path) or source.startswith((".", "/", "~")):
         raise ValueError(f"There is no folder {source}.")
     else:
@@ -153,22 +153,11 @@ def _checked(
         except ValueError as error:
             raise ValueError(f"There is no folder {source}. {error}") from None
         config = read_config(folder)
-    _check_portable(source, config)
     if not installed() and ("attn" in config or config["architecture"] in [e.__name__ for e in ENTRYPOINTS]):
         raise ValueError(f"{source} has attention, and timm_eca is uninstalled: call timm_eca.install() first.")
     if not timm.is_model(config["architecture"]):
         raise WeightsError(f"{source} is a {config['architecture']!r}, which timm {timm.__version__} does not have.")
     return folder, config
-
-
-def _check_portable(source: str | Path, config: dict[str, Any]) -> None:
-    """Raise IntegrityError if a config says that it is portable and lacks what its attention is made from."""
-    args = config.get("model_args")
-    block_args = args.get("block_args") if isinstance(args, dict) else None
-    if config.get("portable") and not (isinstance(block_args, dict) and isinstance(config.get("attn"), dict)):
-        raise IntegrityError(
-            f"{source}: {CONFIG} says that it is portable, and needs model_args with block_args, and attn, for that."
-        )
 
 
 def verify(source: str | Path, *, cache_dir: Any = None, token: str | bool | None = None) -> dict[str, Any]:
@@ -186,7 +175,7 @@ def verify(source: str | Path, *, cache_dir: Any = None, token: str | bool | Non
     sha256 = recorded_digest(config)
     if sha256 is None:
         raise IntegrityError(f"{source} records no sha256 of its weights: nothing tells whether they are intact.")
-    tensors = _check_fit(source, folder, config)
+    tensors = check_fit(folder, config, source)
     return {
         "architecture": config["architecture"],
         "sha256": sha256,
@@ -194,23 +183,3 @@ def verify(source: str | Path, *, cache_dir: Any = None, token: str | bool | Non
         "tensors": tensors,
         "kernel_sizes": config.get("kernel_sizes"),
     }
-
-
-def _check_fit(source: str | Path, folder: Path, config: dict[str, Any]) -> int:
-    """Return the number of tensors; raise IntegrityError if they are not of the model that the config describes."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    try:
-        model = timm.create_model(f"local-dir:{folder}", device="meta", **_attn_args(config))
-    except Exception as error:  # timm calls the model with whatever arguments the config holds
-        raise IntegrityError(
-            f"{source}: no {config['architecture']} can be made as its config says: {error}"
-        ) from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-    if wrong:
-        raise IntegrityError(
-            f"{source}: {len(wrong)} of {len(expected)} tensors do not fit {config['architecture']}: "
-            + "; ".join(f"{n} is {found.get(n, 'absent')}, not {expected.get(n, 'there')}" for n in wrong[:4])
-        )
-    return len(found)

@@ -11,7 +11,9 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .cards import model_card
-from .errors import WeightsError
+from .errors import IntegrityError, WeightsError
+from .fit import check_fit
+from .models.released import RELEASED
 from .outputs import whole_folder
 from .portable import kernel_sizes, portable_form
 from .timm_hooks import save_config_for_hf
@@ -46,10 +48,13 @@ def save(
         data_config: Preprocessing that goes with the weights, as timm's `save_for_hf` takes it.
 
     Raises:
-        ValueError: If the model is no timm classifier, plain timm cannot express it although portable=True, an
-            argument of it is no JSON, or the folder cannot be replaced.
+        ValueError: If the model is no timm classifier, or has been changed so that its config makes another, plain
+            timm cannot express it although portable=True, an argument of it is no JSON, `released` names no released
+            model, or the folder cannot be replaced.
     """
     model = _saveable(model)
+    if released is not None and released not in RELEASED:
+        raise ValueError(f"released must be one of {', '.join(RELEASED)}, got {released!r}.")
     out = Path(out).expanduser()
     with whole_folder(out, "timm_eca.hub.save", FILES, replaceable=_in_hub_format) as folder:
         config = describe(model, portable, model_config=model_config, data_config=data_config)
@@ -62,7 +67,18 @@ def save(
         config["weights"] = {"file": WEIGHTS, "sha256": sha256_of(folder / WEIGHTS), "size": size}
         text = card or model_card(out.name, config, _count(model), released=released, origin=origin)
         write_folder(folder, config, text)
+        _check_rebuilt(folder, config)
     return out
+
+
+def _check_rebuilt(folder: Path, config: dict[str, Any]) -> None:
+    try:
+        check_fit(folder, config, "The model is not the one that its config describes")
+    except IntegrityError as error:
+        raise ValueError(
+            f"{error}. A classifier is changed by reset_classifier, and the model saved before parts of it are compiled"
+            " or exchanged."
+        ) from error
 
 
 def write_folder(folder: Path, config: dict[str, Any], card: str) -> None:

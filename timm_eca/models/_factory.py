@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import model_entrypoint, resolve_pretrained_cfg
+from timm.models import model_entrypoint
 from torch import nn
 
-from ._sources import checked_source, from_own_org, hub_id, name_source
+from ._sources import checked_source, default_source, hub_id, name_source
 from .released import TAG
 
 __all__ = ["KernelSizes", "create_eca", "eca_cfg"]
@@ -73,11 +73,11 @@ def create_eca(
     sizes = _per_stage(preset if kernel_sizes is None else kernel_sizes, stages)
     of_stages: list[dict[str, Any]] = [{}] * (stages[0] - 1)
     of_stages += [{**(attn_kwargs or {}), "kernel_size": size} for size in sizes]
-    cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
-    cfg = from_own_org(cfg)
+    overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    cfg = default_source(name, kwargs.pop("pretrained_cfg", None), overlay)
     model = model_entrypoint(backbone)(
         pretrained=pretrained,
-        pretrained_cfg=checked_source(cfg, kwargs.get("cache_dir")) if pretrained else cfg,
+        pretrained_cfg=checked_source(cfg, kwargs.get("cache_dir"), backbone, overlay) if pretrained else cfg,
         attn_layer="eca",
         attn_kwargs=of_stages,
         **kwargs,
