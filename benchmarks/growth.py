@@ -78,9 +78,9 @@ def plot(points: dict[str, Any], rows: dict[str, list[tuple[int, int]]], path: P
             title = "memory kept for backward" if quantity == "memory" else f"time, {quantity}, batch {BATCH[quantity]}"
             axis.set(title=title, xlabel=labels[what], ylabel="over the plain backbone", xticks=values)
     axes[0, 0].legend()
-    made = next(iter(points.values()))["environment"]
-    told = f"{made['threads']} CPU thread(s), torch {made['torch']}, {made['date'][:10]}; shaded: quartiles"
-    figure.suptitle(f"Cost of ECA. {told}", fontsize=10)
+    made = [points[name_of(*at)]["environment"] for of_row in rows.values() for at in of_row]
+    told = "; ".join(sorted({f"{e['threads']} CPU thread(s), torch {e['torch']}, {e['date'][:10]}" for e in made}))
+    figure.suptitle(f"Cost of attention, below 1 is less; shaded: quartiles. {told}", fontsize=10)
     figure.savefig(path, dpi=120)
 
 

@@ -84,7 +84,7 @@ def _as_saved(folder: Path, name: str, backbone: str, overlay: dict[str, Any] | 
     found = config["architecture"]
     if found != (backbone if config.get("portable") else name):
         raise WeightsError(f"{folder} holds a {found}, not a {name}.")
-    saved = {**config["pretrained_cfg"], "source": "local-dir", "file": str(folder), "architecture": name}
+    saved = {**(config.get("pretrained_cfg") or {}), "source": "local-dir", "file": str(folder), "architecture": name}
     saved |= {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if key in config}
     channels = config.get("model_args", {}).get("in_chans")
     if channels is not None:
