@@ -114,7 +114,7 @@ class TestRefused:
             nn.Conv2d(4, 8, 3, stride=2, padding=1),
             nn.Conv2d(4, 8, 1, padding=1),
             nn.Conv2d(4, 8, 3),
-            nn.Conv2d(4, 8, 3, padding=2, dilation=2),
+            nn.Conv2d(4, 8, 3, padding="same", dilation=2),
             nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"),
             nn.Conv2d(4, 8, 3, padding=1, groups=2),
             nn.Conv2d(4, 8, 5, padding=2),

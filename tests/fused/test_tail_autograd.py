@@ -112,7 +112,7 @@ class TestAutograd:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             out = fused_tail(inputs["z"], inputs["shortcut"], weights, relu)
         large = {address for address, count in kept.items() if count >= out.numel()}
-        assert large == {inputs["z"].data_ptr(), out.data_ptr()} if relu else {inputs["z"].data_ptr()}
+        assert large == ({inputs["z"].data_ptr(), out.data_ptr()} if relu else {inputs["z"].data_ptr()})
         assert sum(kept.values()) - len(large) * out.numel() <= 8 * 2 * 16
 
     def test_backward_twice_needs_the_graph(self, engine):

@@ -202,3 +202,71 @@ def test_compiled_for_a_range_of_batches(train):
     with torch.set_grad_enabled(train):
         made, expected = compiled(x), plain_twin(block)(x)
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+
+
+@compiler_calls_blocks
+def test_inference_mode_inside_a_graph():
+    model = small().eval()
+    x = pixels(size=64, dtype=torch.float32)
+
+    def predict(x):
+        with torch.inference_mode():
+            return model(x)
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(predict, backend="aot_eager")(x), predict(x), rtol=1e-4, atol=1e-5)
+
+
+def test_tangents_in_a_graph():
+    """Nothing is overwritten whose tangent is not."""
+    block = blocks_of(small())[2].eval()
+    x, v = torch.randn(2, 3, block.conv1.in_channels, 70, 70).unbind()
+
+    def tangent(x, v):
+        return torch.func.jvp(block, (x,), (v,))[1]
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = tangent(x, v)
+        try:
+            found = torch.compile(tangent, backend="aot_eager")(x, v)
+        except RuntimeError:  # a compiler that cannot do it says so
+            return
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lost", ["running_mean", "running_var"])
+def test_half_of_the_statistics(lost):
+    model = small().eval()
+    setattr(blocks_of(model)[1].bn3, lost, None)
+    for m in (model, plain_twin(model)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=f"{lost} (must|to) be defined"):
+            m(pixels(size=32, dtype=torch.float32))
+
+
+def test_statistics_made_in_inference_mode(engine):
+    with torch.inference_mode():
+        model = small().double().train()
+        plain, x = plain_twin(model), pixels(size=32)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-9, atol=1e-12)
+        for buffer, expected in zip(model.buffers(), plain.buffers()):
+            torch.testing.assert_close(buffer, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_default_device_does_not_unfuse(monkeypatch):
+    model = small().eval()
+    calls = []
+    monkeypatch.setattr("timm_eca.fused.blocks.fused_forward", lambda *args: calls.append(1) or args[2])
+    with torch.no_grad(), torch.device("cpu"):
+        blocks_of(model)[0](torch.randn(2, 8, 9, 9))
+    assert calls == [1]
+
+
+@pytest.mark.skipif(not native.loaded(), reason="no compiled passes")
+@LAYOUTS
+def test_sums_of_large_maps(layout):
+    """A blank channel: its terms are small beside what a long row adds up to."""
+    z = torch.full((1, 2, 1024, 1024), 0.1).to(memory_format=layout)
+    weights = TailWeights(None, torch.sigmoid, None, None, None, None, None, 1e-5)
+    _, _, moments = native.forward(z, None, weights, False, False)
+    torch.testing.assert_close(moments.mean, torch.full((2,), 0.1), rtol=1e-5, atol=0)

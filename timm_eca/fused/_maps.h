@@ -31,6 +31,7 @@ constexpr Index kAhead = 256;     // elements that may be on their way from memo
 constexpr Index kLanes = 32;      // sums that a long row of an NCHW map is added up in
 constexpr Index kFewLanes = 8;    // those of a short one, and of what is left
 constexpr Index kLong = 128;      // elements of a long row
+constexpr Index kBlock = 8192;    // elements of a row that are added up before their sum is
 constexpr Index kLine = 64;       // bytes of a cache line
 constexpr Index kUnlike = 1024;   // squared deviations of a pixel that is unlike the others, 1 being the mean
 
@@ -136,14 +137,19 @@ Index sum_lanes(Index from, Index i, Index n, F add, T& first, T& second) {
   return i;
 }
 
-// Two sums over a row.
+// Two sums over a row, a block of it at a time, so that small terms are not lost in large sums.
 template <typename T, typename F> void sum_row(Index from, Index n, F add, T* first, T* second) {
-  T f = 0, s = 0;
-  Index i = n < kLong ? 0 : sum_lanes<kLanes>(from, 0, n, add, f, s);
-  i = sum_lanes<kFewLanes>(from, i, n, add, f, s);
-  for (; i < n; ++i) add(from + i, 0, f, s);
-  *first = f;
-  if (second) *second = s;
+  T total_first = 0, total_second = 0;
+  for (Index at = 0; at < n; at += kBlock) {
+    Index end = std::min(n - at, kBlock);
+    T f = 0, s = 0;
+    Index i = end < kLong ? 0 : sum_lanes<kLanes>(from + at, 0, end, add, f, s);
+    i = sum_lanes<kFewLanes>(from + at, i, end, add, f, s);
+    for (; i < end; ++i) add(from + at + i, 0, f, s);
+    total_first += f, total_second += s;
+  }
+  *first = total_first;
+  if (second) *second = total_second;
 }
 
 // Adds the sums of a line's elements to their channels'.

@@ -78,6 +78,7 @@ struct Vectors {
   template <typename M, typename T> bool fit(const Shape& d) const {
     for (const Tensor* t : {&gamma, &beta, &mean, &var})
       if (!is_vector<M, T>(*t, d.channels)) return false;
+    if (bool(mean) != bool(var)) return false;
     return is_vector<M, T>(drop, d.batch) && (!kernel || is_vector<M, T>(kernel, kernel.numel()));
   }
 
@@ -152,7 +153,8 @@ void infer(Value* stack, std::uint64_t, std::uint64_t) {
     Shape d = shape_of(z);
     for (const Tensor* v : {&other_gamma, &other_beta, &other_mean, &other_var})
       if (!is_vector<M, T>(*v, d.channels)) return false;
-    if (!own.fit<M, T>(d) || !is_vector<M, T>(pooled, d.batch * d.channels)) return false;
+    if (!own.fit<M, T>(d) || !own.mean || bool(other_mean) != bool(other_var)) return false;
+    if (!is_vector<M, T>(pooled, d.batch * d.channels)) return false;
     if (shortcut && !lay_out(shortcut, z)) return false;
     Other<M, T> other{shortcut.data<M>(), elements<T>(other_gamma), elements<T>(other_beta), elements<T>(other_mean),
                       elements<T>(other_var), T(other_eps)};

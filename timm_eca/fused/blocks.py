@@ -110,6 +110,8 @@ def unfuse_(model: _ModelT) -> _ModelT:
         raise ValueError(f"Fused blocks have become {', '.join(wrapped)}: call unfuse_ before what made that of them.")
     for block in blocks:
         block.__class__ = plain_class(type(block))
+        for name in FusedBlock.__jit_ignored_attributes__:
+            block.__dict__.pop(name, None)
     return model
 
 

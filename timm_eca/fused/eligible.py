@@ -24,6 +24,8 @@ from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -55,7 +57,7 @@ def is_eca(layer: Any) -> bool:
     of_timm = type(layer) is EcaModule and layer.act is None and layer.conv2 is None
     if not (of_timm or type(layer) is EcaLayer):
         return False
-    return _is_channel_conv(layer.conv) and not any(True for _ in layer.gate.parameters())
+    return _is_channel_conv(layer.conv) and _is_function(layer.gate)
 
 
 @dataclass(eq=False)
@@ -82,8 +84,9 @@ class Parts:
         affines: The dictionaries of the norms' weights.
         synced: The norms whose statistics are all processes', if they are in training.
         tail: The tail's modules, of which each may have hooks.
+        types: Their classes.
         inside: Those of the norms before, and what is beside them.
-        attributes: The modules' own attributes; a forward among them is somebody's patch.
+        attributes: The modules' own attributes; a method among them is somebody's patch.
         handles: How many handles of hooks had been made, of any module, when there was none on these.
     """
 
@@ -106,6 +109,7 @@ class Parts:
     affines: tuple[dict[str, Any], ...] = ()
     synced: tuple[nn.Module, ...] = ()
     tail: tuple[nn.Module, ...] = ()
+    types: tuple[type, ...] = ()
     inside: tuple[nn.Module, ...] = ()
     attributes: tuple[dict[str, Any], ...] = ()
     handles: int = -1
@@ -117,13 +121,15 @@ class Parts:
         for modules, known in self.children:
             if [*modules.values()] != known:
                 return False
-        if "weight" not in self.kernel:  # parametrized
+        if "weight" not in self.kernel or self.kernel.get("bias") is not None:  # parametrized, or given one
+            return False
+        if tuple(map(type, self.tail)) != self.types or block.__dict__.get("has_skip", True) is not self.adds:
             return False
         for affine in self.affines:
             if len(affine) < 2:
                 return False
         for attributes in self.attributes:
-            if "forward" in attributes:
+            if "forward" in attributes or "channel_weights" in attributes:
                 return False
         for norm in self.synced:
             if norm.training:
@@ -151,6 +157,7 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
     last = _last_norm(downsample)
     shortcut = () if last is None else (downsample, last)
     tail = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act, *shortcut) if m is not None]
+    tail += [child for m in (norm, last) if m is not None for child in m.children()]
     inner, inside = _inner_norms(block, rule)
     between = [m for m in (getattr(block, name) for name in rule.between) if m is not None]
     nothing = all(type(m) in _NOTHING for m in between)
@@ -176,6 +183,7 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         affines=tuple(part.affine for part in norms),
         synced=tuple(part.module for part in norms if type(part.module) in _SYNC_NORMS),
         tail=tuple(tail),
+        types=tuple(map(type, tail)),
         inside=tuple(inside),
         attributes=tuple(m.__dict__ for m in (*tail, *inside)),
     )
@@ -198,12 +206,17 @@ def unwatched() -> bool:
     """Whether nothing records or transforms the single operations that are carried out now."""
     return not (
         _is_tracing()
-        or _len_torch_function_stack()
+        or (_len_torch_function_stack() and not _are_default_devices(_get_current_function_mode_stack()))
         or _len_torch_dispatch_stack()
         or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or any(_GLOBAL_HOOKS)
     )
+
+
+def _are_default_devices(modes: list[Any]) -> bool:
+    """Whether modes do nothing but choose where new tensors are made, as `torch.set_default_device` has it."""
+    return all(type(mode) is DeviceContext for mode in modes)
 
 
 def adds_shortcut(block: Any, rule: TailRule) -> bool:
@@ -220,6 +233,12 @@ def _is_channel_conv(conv: object) -> bool:
         and conv.padding_mode == "zeros"
         and conv.stride == conv.dilation == (1,)
     )
+
+
+def _is_function(gate: nn.Module) -> bool:
+    """Whether a gate is a function of its input alone: a backward pass evaluates it again."""
+    known = type(gate).__module__.startswith(("torch.nn.modules.activation", "timm.layers.activations"))
+    return known and type(gate) is not nn.RReLU and not any(True for _ in gate.parameters())
 
 
 def _is_batch_norm(norm: Any, acts: Container[type] = _NOTHING) -> bool:

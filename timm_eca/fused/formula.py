@@ -180,7 +180,7 @@ def update_running(running: Running | None, moments: Moments, z: Tensor) -> None
 
 def _as_same_version(running: Running) -> AbstractContextManager[None]:
     """Have statistics that were saved for a backward pass pass for those: batch norm's update does not count either."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or running.mean.is_inference():  # those have no version
         return nullcontext()
     return torch.autograd._unsafe_preserve_version_counter((running.mean, running.var))
 
@@ -215,7 +215,8 @@ def _channel_conv(q: Tensor, kernel: Tensor) -> Tensor:
     size, channels = kernel.shape[2], q.shape[1]
     if torch.compiler.is_compiling():  # which makes one loop of this, and a call of a convolution
         padded = functional.pad(q, (size // 2, size // 2))
-        return reduce(torch.add, (padded[:, j : j + channels] * kernel[0, 0, j] for j in range(size)))
+        taps = kernel.clone()  # in inference mode a graph cannot hold views of a parameter
+        return reduce(torch.add, (padded[:, j : j + channels] * taps[0, 0, j] for j in range(size)))
     if torch.is_autocast_enabled(q.device.type):
         with torch.autocast(q.device.type, enabled=False):
             return _channel_conv(q, kernel)

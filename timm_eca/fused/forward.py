@@ -71,7 +71,7 @@ def _fits(parts: Parts, z: Tensor, shortcut: Tensor) -> bool:
 
 def _maps_fit(parts: Parts, z: Tensor, shortcut: Tensor) -> bool:
     """Whether it can of a map, and of the shortcut if that is added as it is."""
-    if not (map_fits(z, parts.norm.of_batch) and parts.norm.keeps_type(z)):
+    if not (map_fits(z, parts.norm.of_batch) and parts.norm.is_whole and parts.norm.keeps_type(z)):
         return False
     as_it_is = parts.adds and parts.downsample is None
     return not as_it_is or (z.shape == shortcut.shape and z.dtype == shortcut.dtype)
@@ -79,10 +79,11 @@ def _maps_fit(parts: Parts, z: Tensor, shortcut: Tensor) -> bool:
 
 def _operands(parts: Parts, z: Tensor, shortcut: Tensor, pooled: Tensor | None) -> tuple[Tensor | None, TailWeights]:
     """Return what a tail adds to z, and what it computes with besides."""
+    weights = _weights(parts, z, pooled)  # draws what is dropped, before a downsample that draws too
     if parts.downsample is None:
-        return shortcut if parts.adds else None, _weights(parts, z, pooled)
+        return shortcut if parts.adds else None, weights
     added, norm = _downsampled(parts, shortcut)
-    return added.to(z.dtype), _weights(parts, z, pooled)._replace(shortcut_norm=norm)
+    return added.to(z.dtype), weights._replace(shortcut_norm=norm)
 
 
 def _downsampled(parts: Parts, x: Tensor) -> tuple[Tensor, Norm | None]:

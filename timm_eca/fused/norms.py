@@ -28,7 +28,14 @@ class NormPart:
     @property
     def of_batch(self) -> bool:
         """Whether the batch's statistics are used, as `torch.nn.BatchNorm2d` decides it."""
-        return not self.frozen and (self.module.training or self.stats["running_mean"] is None)
+        stats = self.stats
+        none = stats["running_mean"] is None and stats["running_var"] is None
+        return not self.frozen and (self.module.training or none)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether both statistics are there, or none: batch norm has its own error for one of them."""
+        return (self.stats["running_mean"] is None) == (self.stats["running_var"] is None)
 
     def keeps_type(self, z: Tensor) -> bool:
         """Whether a map has the type of what the norm makes of it: a frozen one promotes to that of its statistics."""

@@ -140,8 +140,12 @@ _record = super(torch.autograd.Function, _FusedTail).apply  # without the looks 
 
 def _differentiable(grad: Tensor, z: Tensor, weights: TailWeights, wanted: Any, of_batch: bool):
     """Return the gradients by differentiating the formula, so that they can be differentiated again."""
-    result = tail_formula(z, None, weights._replace(moments=None) if of_batch else weights, relu=False)
-    inputs = (z, weights.weight, weights.bias, weights.kernel)
+    # By aliases: what lies before z is other nodes' to go through, and a tensor's hooks run where its gradient arrives.
+    leaves = (z, weights.weight, weights.bias, weights.kernel)
+    inputs: list[Any] = [t if t is None else t.view_as(t) for t in leaves]
+    z, weight, bias, kernel = inputs
+    weights = weights._replace(weight=weight, bias=bias, kernel=kernel, moments=None if of_batch else weights.moments)
+    result = tail_formula(z, None, weights, relu=False)
     asked = [t if want else None for t, want in zip(inputs, (wanted[0], *wanted[2:5]))]
     dz, *d_weights = passes.grads_of((result,), (grad,), asked, create_graph=True)
     return [dz, grad if wanted[1] else None, *d_weights]
