@@ -225,6 +225,7 @@ DAMAGE = {
     "no config": (lambda f: (f / "config.json").unlink(), MissingWeightsError, "is no folder in Hub format"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), IntegrityError, "is not valid JSON"),
     "no object": (lambda f: (f / "config.json").write_text("[]"), IntegrityError, "is no model's config"),
+    "no tensors": (lambda f: set_weights(f, lambda t: t.clear()), IntegrityError, "holds no tensors"),
     "no sha256": (lambda f: change(f, weights={"sha256": "x"}), IntegrityError, "that is no sha256"),
     "unknown model": (
         lambda f: change(f, architecture="vgg0"),
@@ -310,6 +311,7 @@ class TestCheck:
         assert again.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
         assert torch.equal(again.conv1.weight, model.conv1.weight)
         assert again.pretrained_cfg["hf_hub_id"] == "timm-eca/eca_resnet18.ecanet_in1k"
+        assert not {"file", "source"} & again.pretrained_cfg.keys()
 
     def test_lab_folder_of_another_model(self, copy, monkeypatch):
         monkeypatch.setenv("TIMM_ECA_WEIGHTS", str(copy.parent))

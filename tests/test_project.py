@@ -12,13 +12,26 @@ import timm_eca
 MODULES = [m.name for m in pkgutil.walk_packages(timm_eca.__path__, "timm_eca.")]
 MODULES = [m for m in MODULES if not m.endswith(("._native", "._native_avx512"))]  # compiled, called by address
 # Each may import from those before it, and from itself.
-STREET = ["checkout", "errors", "outputs", "paper", "layers", "spec", "families", "block_rule", "blocks", "gating"]
+STREET = [
+    "checkout",
+    "errors",
+    "outputs",
+    "whole_file",
+    "paper",
+    "layers",
+    "spec",
+    "families",
+    "block_rule",
+    "blocks",
+    "gating",
+]
 STREET += ["fused", "branches", "sites", "stages", "placement", "identity", "making"]
 STREET += [
     "checkpoint",
     "inject",
     "constructors",
     "weights",
+    "fit",
     "hub_errors",
     "hub_cache",
     "models",

@@ -45,8 +45,8 @@ def test_same_model_elsewhere():
     assert counts[0].operations["thop-2019"] == pytest.approx(334_871_520, rel=2e-4)
 
 
-def test_products_inside_a_norm_are_counted():
-    """In MobileNetV2 the layer sits in a norm; its matrix products count all the same."""
+def test_products_are_counted():
+    """Matrix products of a layer count as its convolutions do, and the model stays as it is."""
     model = add_attn_(plain("mobilenetv2_100"), "a2", attn_stages=(7,))
     before = [type(m) for m in model.modules()]
     cost, bare = count(model), count(plain("mobilenetv2_100"))

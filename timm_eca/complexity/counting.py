@@ -1,13 +1,11 @@
 """Counting with kept libraries: ultralytics-thop, the successor of the paper's counter, and torch's flop counter."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import CommandError
@@ -48,28 +46,12 @@ def count(model: nn.Module, counters: Sequence[str] = tuple(COUNTERS), size: int
 
     Made for models on the meta device, which hold no numbers and compute none.
     """
-    model = _with_layers_after_norms(model).eval()
+    model = model.eval()
     image = torch.empty(1, 3, size, size, device=next(model.parameters()).device)
     return Count(
         parameters=sum(p.numel() for p in model.parameters()),
         operations={name: _OPERATIONS[name](model, image) for name in counters},
     )
-
-
-def _with_layers_after_norms(model: nn.Module) -> nn.Module:
-    """Return a copy in which no attention sits in a norm: thop counts no matrix products inside a counted module."""
-    places = [site.path.rpartition(".")[::2] for site in getattr(model, "attn_sites", ())]
-    nested = [(norm, name) for norm, name in places if isinstance(model.get_submodule(norm), _BatchNorm)]
-    if not nested:
-        return model
-    model = copy.deepcopy(model)
-    for path, name in nested:
-        norm = model.get_submodule(path)
-        layer = getattr(norm, name)
-        setattr(norm, name, nn.Identity())
-        parent, _, norm_name = path.rpartition(".")
-        setattr(model.get_submodule(parent), norm_name, nn.Sequential(norm, layer))
-    return model
 
 
 def _thop(rules: dict[type, Any]) -> Callable[[nn.Module, torch.Tensor], float]:

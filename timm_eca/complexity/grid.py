@@ -21,9 +21,9 @@ GRID_METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "GC": ("gc", {"fuse_add": True, "fuse_scale": False, "rd_ratio": 1 / 16}),
     "GSoP": ("gsop", {}),
     "AA": ("aa", {}),
-    "ECA": ("eca", {}),
+    "ECA": None,
 }
-"""Layer and arguments of a method; each goes into every block, where `attn_layer=` puts it."""
+"""Layer and arguments of a method; each goes into every block, where `attn_layer=` puts it. ECA's are the released."""
 
 
 class Cell(NamedTuple):
@@ -43,9 +43,7 @@ def grid() -> list[Cell]:
 def _build(backbone: str, method: str) -> nn.Module:
     chosen = GRID_METHODS[method]
     if chosen is None:
-        return plain(backbone)
-    if method == "ECA":
-        return eca(backbone)
+        return eca(backbone) if method == "ECA" else plain(backbone)
     layer, kwargs = chosen
     if method == "SE" and backbone.startswith("mobilenet"):
         kwargs = {"reduction": 8}

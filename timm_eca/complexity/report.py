@@ -3,8 +3,6 @@
 import csv
 import io
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,6 +11,7 @@ from typing import Any
 
 from ..errors import CommandError
 from ..paper import paper_tables
+from ..whole_file import write_whole
 from .compare import TABLES, compare
 from .counting import COUNTERS, check_counter
 from .grid import grid
@@ -128,10 +127,6 @@ def _write(out: Path, text: str) -> None:
     if out.is_dir():
         raise CommandError(f"{out} is a folder. Give a file with --out.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}-", delete=False) as fresh:
-            fresh.write(text)
-        os.chmod(fresh.name, 0o644)  # temporary files are private
-        os.replace(fresh.name, out)
+        write_whole(out, text.encode())
     except OSError as error:
         raise CommandError(f"cannot write to {out}: {error.strerror or error}. Give another file with --out.") from None

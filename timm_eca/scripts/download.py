@@ -4,11 +4,11 @@ import hashlib
 import http.client
 import os
 import sys
-import tempfile
 import urllib.request
 from pathlib import Path
 
 from ..errors import CommandError
+from ..whole_file import write_whole
 from .pins import SHA256
 
 __all__ = ["REPOSITORY", "cache_folder", "cached_script"]
@@ -72,19 +72,9 @@ def _failure(url: str, tag: str, reason: str) -> CommandError:
 
 
 def _keep(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it: processes that start at once see all of it or none."""
-    fresh = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent, delete=False) as file:
-            fresh = Path(file.name)
-            file.write(content)
-        fresh.chmod(0o644)  # temporary files are private
-        fresh.replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise CommandError(
             f"cannot write to {path.parent}: {error.strerror or error}. Name another cache folder with {CACHE}."
         ) from None
-    finally:
-        if fresh is not None:
-            fresh.unlink(missing_ok=True)
