@@ -10,6 +10,7 @@ from timm_eca import hub as timm_eca_hub
 
 NET = "eca_mobilenetv2_050"
 PUBLISHED = f"{NET}.ecanet_in1k"
+CONFLICT = "Client error '409 Conflict'"
 LOAD = 'attempt("load", lambda: hub.load("lab/net"))'
 
 
@@ -53,11 +54,42 @@ attempt("no folder", lambda: hub.load("./weights"))
         assert found["gated"] == [
             "WeightsError",
             f"lab/gated on {server.url} is gated: ask for access on its page, then log in (hf auth login, or"
-            " HF_TOKEN).",
+            " HF_TOKEN). The Hub says: Access to model lab/gated is restricted.",
         ]
         assert found["no revision"] == ["MissingWeightsError", f"lab/gated@none on {server.url} has no such revision."]
         assert found["no name"][0] == "ValueError"
         assert found["no folder"] == ["ValueError", "There is no folder ./weights."]
+
+
+class TestRefused:
+    STATUSES = (400, 401, 403, 404, 409, 412, 416, 422, 429)
+
+    def test_each(self, server, client, folder):
+        """An answer is no lack of one, and its reason is shown."""
+        for status in self.STATUSES:
+            server.put(f"lab/net{status}", folder)
+            server.fault("HEAD", f"lab/net{status}/", status, times=-1)
+        found = client().run(f"for s in {self.STATUSES}: attempt(str(s), lambda: hub.load(f'lab/net{{s}}'))")
+        for status in self.STATUSES:
+            kind, message = found[str(status)]
+            assert kind in ("WeightsError", "MissingWeightsError")
+            assert "planted" in message
+            assert "not in the cache" not in message
+            assert "\n" not in message
+            assert message.count("http") == 1  # the Hub's own address, not the request's, nor the client's manual
+        assert found["409"][1] == f"config.json of lab/net409 on {server.url}: HfHubHTTPError: {CONFLICT} planted"
+
+    def test_password_in_the_endpoint(self, server, client, folder):
+        server.put("lab/net", folder)
+        client_ = client()
+        url = server.url.replace("://", "://me:s3cret@")
+        online = client_.start(LOAD, HF_ENDPOINT=url)
+        offline = client_.again().start(LOAD, HF_ENDPOINT=url, HF_HUB_OFFLINE="1")
+        for found in (online.results(), offline.results()):
+            kind, message = found["load"]
+            assert kind == "WeightsError"
+            assert "s3cret" not in message
+            assert f"lab/net on {server.url.replace('://', '://***@')}" in message
 
 
 class TestFaults:

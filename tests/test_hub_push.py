@@ -121,6 +121,32 @@ for name in names:
     assert list(server.files("lab/commit-always")) == [".gitattributes"]
 
 
+def test_refused(server, client, folder):
+    """The Hub's reason is shown, not only the client's heading."""
+    statuses = (400, 401, 403, 404, 409, 412, 413, 416, 422, 429)
+    for status in statuses:
+        server.fault("POST", f"lab/net{status}/commit", status, times=-1)
+    found = client().run(
+        f"""
+for status in {statuses}:
+    attempt(str(status), lambda: hub.push({str(folder)!r}, f"lab/net{{status}}"), str)
+attempt("card", lambda: hub.push(net(1), "lab/card", card="---\\ntags: [x]\\n---\\n"), str)
+""",
+        HF_TOKEN=WRITER,
+    )
+    for status in statuses:
+        kind, message = found[str(status)]
+        assert kind in ("WeightsError", "MissingWeightsError")
+        assert "planted" in message
+        assert "\n" not in message
+    assert found["400"][1].endswith(": BadRequestError: Bad request for commit endpoint: planted")
+    assert found["card"] == [
+        "WeightsError",
+        f"the upload of lab/card on {server.url}: ValueError: Invalid metadata in README.md."
+        " - no front matter with a license",
+    ]
+
+
 def test_killed_on_the_way(server, client, folder):
     server.put("lab/net", folder)
     before = server.repos["lab/net"].refs["main"]
