@@ -99,6 +99,9 @@ class TestFaults:
         commit = server.repos["lab/no-weights"].commits
         commit[server.repos["lab/no-weights"].refs["main"]].pop("model.safetensors")
         server.fault("GET", "lab/config-flip/resolve", "flip")
+        other = server.put("lab/other-library", folder)
+        config = server.store("config.json", b'{"model_type": "vit"}')
+        server.repos["lab/other-library"].commits[other]["config.json"] = config
         faults = {"500": 500, "503": 503, "reset": "reset", "truncated": "truncate", "flip": "flip"}
         for often, times in (("once", 1), ("always", -1)):
             for name, kind in faults.items():
@@ -113,7 +116,7 @@ class TestFaults:
         found = reader.run(
             """
 names = [f"{name}-{often}" for name in ("500", "503", "head-503", "reset", "truncated", "flip")
-    for often in ("once", "always")] + ["whole", "no-weights", "config-flip"]
+    for often in ("once", "always")] + ["whole", "no-weights", "config-flip", "other-library"]
 for name in names:
     attempt(name, lambda: hub.load(f"lab/{name}"))
 for name in ("flip-once", "config-flip"):
@@ -146,6 +149,8 @@ for name in ("flip-once", "config-flip"):
             "MissingWeightsError",
             f"lab/no-weights on {server.url} has no model.safetensors.",
         ]
+        assert "so this is no timm model. It is as it was published" in found["other-library"][1]
+        assert not [path for _, path, _ in server.log if "other-library" in path and "model.safetensors" in path]
         check_cache(reader.home, folder)
         for name in ("flip", "reset", "truncated", "500"):
             assert not list((reader.home / "hub" / f"models--lab--{name}-always").rglob("model.safetensors")), name
