@@ -63,6 +63,14 @@ def run_python(tmp_path):
     return run
 
 
+@pytest.fixture
+def umask():
+    """Set the umask until the test ends."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).parent.parent

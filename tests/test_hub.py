@@ -189,6 +189,12 @@ class TestSave:
             hub.save(made(NET), tmp_path)
         assert (tmp_path / name).read_text() == '{"app": "mine"}'
 
+    @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+    def test_all_files_have_one_mode(self, mask, mode, tmp_path, umask):
+        umask(mask)
+        folder = hub.save(timm.create_model("test_resnet"), tmp_path / "m")
+        assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(FILES, mode)
+
     def test_home(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
         assert hub.save(made(NET), "~/m") == tmp_path / "m"

@@ -28,6 +28,26 @@ def test_new_empty_and_own(tmp_path):
     assert os.access(out, os.R_OK)
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o002, 0o775)])
+def test_mode_of_a_new_folder(mask, mode, tmp_path, umask):
+    umask(mask)
+    fill(tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o7777 == mode
+    assert {p.name for p in (tmp_path / "out").iterdir()} == set(FILES)
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o2775])
+@pytest.mark.parametrize("empty", [True, False])
+def test_mode_of_the_folder_that_is_replaced(mode, empty, tmp_path, umask):
+    if empty:
+        (tmp_path / "out").mkdir()
+    else:
+        fill(tmp_path / "out", "old")
+    (tmp_path / "out").chmod(mode)
+    fill(tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o7777 == mode
+
+
 def test_of_another_command(tmp_path):
     fill(tmp_path / "out", made_by="other")
     with pytest.raises(CommandError, match="holds other files than those of test"):

@@ -5,6 +5,7 @@ import fnmatch
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -76,9 +77,23 @@ def _made_by(out: Path, made_by: str) -> bool:
         return False
 
 
+def _mode_for(out: Path, fresh: Path) -> int:
+    """Return the mode of the folder that is replaced, else that of any folder made here.
+
+    A folder made for it tells that: to ask for the umask is to set it, for all threads.
+    """
+    if out.is_dir():
+        return stat.S_IMODE(out.stat().st_mode)
+    usual = fresh / ".usual"
+    usual.mkdir()
+    mode = stat.S_IMODE(usual.stat().st_mode)
+    usual.rmdir()
+    return mode
+
+
 def _swap(fresh: Path, out: Path, check: Callable[[Path], None]) -> None:
     """Rename `fresh` to `out`, in place of an old folder that passes the check; on any error the old one is kept."""
-    fresh.chmod(0o755)  # mkdtemp's folders are private
+    fresh.chmod(_mode_for(out, fresh))  # mkdtemp's folders are private
     try:
         fresh.rename(out)
         return  # out was new or empty

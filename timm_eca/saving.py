@@ -1,6 +1,7 @@
 """Writing a model as a folder in Hub format: timm's config.json with the attention spec, safetensors, a model card."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def save(
         config["weights"] = {"file": WEIGHTS, "sha256": sha256_of(folder / WEIGHTS), "size": size}
         text = card or model_card(out.name, config, _count(model), released=released, origin=origin)
         write_folder(folder, config, text)
+        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors may write files that only their owner reads
         _check_rebuilt(folder, config)
     return out
 
