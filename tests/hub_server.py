@@ -13,9 +13,12 @@ import threading
 from http.server import ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+import yaml
 from hub_store import LARGE, RefusedError, Repo, Store
 from hub_wire import Wire
 from hub_xet import XetRoutes, XetStore
+
+from timm_eca.cards import HUB_LICENSES
 
 WRITER, READER = "hf_writer", "hf_reader"
 
@@ -154,7 +157,12 @@ class Handler(XetRoutes, Wire):
     def validate_yaml(self, body, fault):
         text = json.loads(body)["content"]
         front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-        errors = [] if front and "license:" in front[1] else [{"message": "no front matter with a license"}]
+        card = yaml.safe_load(front[1]) if front else {}
+        errors = []
+        if card.get("license") not in HUB_LICENSES:
+            errors.append({"message": '"license" must be one of those that the Hub knows'})
+        if not re.fullmatch(r"[a-z0-9.+-]+", card.get("license_name", "none")):
+            errors.append({"message": '"license_name" must be an identifier'})
         self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def preupload(self, repo_id, revision, body, fault):

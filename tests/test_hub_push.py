@@ -2,6 +2,7 @@
 
 import json
 
+import yaml
 from hub_server import READER, WRITER
 
 NET = "eca_mobilenetv2_050"
@@ -88,6 +89,25 @@ attempt("private", lambda: hub.push(net(2), "lab/net", private=True), str)
     assert found["private"] == ["WeightsError", "lab/net is there already and public: nothing was uploaded."]
     assert server.files("lab/net")["README.md"].endswith(b"by hand\n")
     assert (len(server.repos["lab/net"].commits), uploads(server)) == (2, 1)
+
+
+def test_licenses(server, client):
+    """The Hub refuses a card with a license that its list lacks, which timm names for some models."""
+    found = client().run(
+        """
+for number, license in enumerate(["cc-by-nc-4.0", "mobileone-license", None]):
+    model = net(1)
+    model.pretrained_cfg["license"] = license
+    attempt(str(license), lambda: hub.push(model, f"lab/{number}"), str)
+attempt("by hand", lambda: hub.push(net(1), "lab/hand", card="---\\nlicense: mobileone-license\\n---\\n"), str)
+""",
+        HF_TOKEN=WRITER,
+    )
+    assert [found[name][0] for name in ("cc-by-nc-4.0", "mobileone-license", "None")] == ["ok"] * 3, found
+    assert found["by hand"][0] == "WeightsError"
+    cards = [yaml.safe_load(server.files(f"lab/{n}")["README.md"].split(b"---")[1]) for n in range(3)]
+    assert [card["license"] for card in cards] == ["cc-by-nc-4.0", "other", "unknown"]
+    assert [card.get("license_name") for card in cards] == [None, "mobileone-license", None]
 
 
 def test_faults(server, client, folder):
