@@ -1,6 +1,7 @@
 """Converting checkpoints: against hand-built key tables and an independent statement of the official networks."""
 
 import argparse
+import os
 
 import pytest
 import timm
@@ -102,6 +103,15 @@ class TestFormats:
     def test_safetensors(self, resnet18, tmp_path):
         save_file(resnet18.state_dict(), tmp_path / "weights")
         self.loads(tmp_path / "weights", resnet18, tmp_path)
+
+    @pytest.mark.parametrize("safe", [False, True])
+    def test_a_name_that_is_not_utf8(self, safe, resnet18, tmp_path):
+        path = os.fsdecode(os.fsencode(tmp_path / "w") + b"\xe9")
+        (save_file if safe else torch.save)(resnet18.state_dict(), tmp_path / "w")
+        (tmp_path / "w").rename(path)
+        self.loads(path, resnet18, tmp_path)
+        card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+        assert "converted by timm-eca from `w\\udce9`, sha256" in card
 
     def test_without_counters(self, saved, resnet18, tmp_path):
         def drop(checkpoint):

@@ -142,7 +142,13 @@ def test_not_finite(saved, tmp_path):
         weights = checkpoint["state_dict"]
         weights["module.layer2.0.bn1.running_var"] = torch.full((128,), torch.nan)
 
-    refused(saved(spoil), tmp_path, r"not finite \(NaN or infinity\) in layer2\.0\.bn1\.running_var\.")
+    refused(saved(spoil), tmp_path, r"not finite \(NaN or infinity\) as float32 in layer2\.0\.bn1\.running_var\.")
+
+
+def test_finite_in_the_file_alone(resnet18, tmp_path):
+    weights = resnet18.state_dict()
+    torch.save(weights | {"fc.bias": torch.full((1000,), 1e300, dtype=torch.float64)}, tmp_path / "w.pth")
+    refused(tmp_path / "w.pth", tmp_path, r"not finite \(NaN or infinity\) as float32 in fc\.bias\.")
 
 
 SPOILED = {
@@ -175,6 +181,19 @@ def test_twice(resnet18, tmp_path):
     refused(tmp_path / "w.pth", tmp_path, "holds the same tensors more than once")
 
 
+@pytest.mark.parametrize("last", ["eca", "se"])
+def test_twice_by_two_layouts(last, resnet18, tmp_path):
+    """Neither wins."""
+    keys = [f"layer1.0.{name}.conv.weight" for name in ("eca", "se")]
+    weights = resnet18.state_dict()
+    weights |= {keys[1]: weights[keys[0]] + 1}
+    if last == "eca":
+        weights = {keys[1]: weights[keys[1]], **weights}
+        keys.reverse()
+    torch.save(weights, tmp_path / "w.pth")
+    refused(tmp_path / "w.pth", tmp_path, re.escape(f"w.pth holds one weight twice, as {keys[0]} and as {keys[1]}"))
+
+
 def test_half(saved, tmp_path):
     def halve(checkpoint):
         weights = checkpoint["state_dict"]
@@ -203,6 +222,13 @@ def test_folder_in_use_at_home(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ValueError, match=f"^{tmp_path} exists and is not an empty folder"):
         convert(saved(), "~")
+
+
+def test_a_folder_that_safetensors_could_not_open(saved, tmp_path):
+    path = saved()
+    with pytest.raises(ValueError, match=r"is not UTF-8, and safetensors takes no other paths\. Give another folder"):
+        convert(path, os.fsdecode(os.fsencode(tmp_path / "out") + b"\xe9"))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_folder_in_use(saved, tmp_path, capsys):

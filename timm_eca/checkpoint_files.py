@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from timm.models import clean_state_dict
 
 __all__ = ["StateDict", "read_tensors", "some"]
@@ -47,7 +47,7 @@ def _looks_like_safetensors(path: Path) -> bool:
 
 def _read_safetensors(path: Path) -> Any:
     try:
-        return load_file(path)
+        return load(path.read_bytes())  # load_file refuses paths that are not UTF-8
     except SafetensorError as error:
         raise ValueError(f"{path} is a damaged safetensors file: {error}.") from None
 

@@ -86,6 +86,8 @@ def convert(path: str | Path, out: str | Path, model: str | None = None, *, ema:
 def _check_new(out: Path) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder. Give a new one.")
+    if any("\ud800" <= c <= "\udfff" for c in str(out.absolute())):  # as Python holds bytes that are not UTF-8
+        raise ValueError(f"{out.absolute()} is not UTF-8, and safetensors takes no other paths. Give another folder.")
 
 
 def _check_expected(found: Checkpoint, model: str, path: Path) -> None:
@@ -124,7 +126,7 @@ def infer(tensors: StateDict, name: str = "The checkpoint") -> Checkpoint:
     Raises:
         ValueError: If it is none, not whole, or not finite.
     """
-    official, renamed = in_timm_layout(tensors)
+    official, renamed = in_timm_layout(tensors, name)
     _check_values(renamed, name)
     skeletons = {e.__name__: timm.create_model(e.__name__, device="meta") for e in ENTRYPOINTS}
     model, differences = _nearest(renamed, skeletons)
@@ -145,9 +147,11 @@ def _check_values(tensors: StateDict, name: str) -> None:
     odd = [key for key, t in tensors.items() if t.layout != torch.strided or t.is_quantized or t.is_meta]
     if odd:
         raise ValueError(f"{name} holds tensors that are sparse, quantized or without values: {some(odd)}.")
-    bad = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    dtype = torch.get_default_dtype()  # the model's, whose range a file of higher precision may exceed
+    bad = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t.to(dtype)).all()]
     if bad:
-        raise ValueError(f"{name} holds values that are not finite (NaN or infinity) in {some(bad)}.")
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name} holds values that are not finite (NaN or infinity) as {kind} in {some(bad)}.")
 
 
 def _nearest(tensors: StateDict, skeletons: dict[str, Any]) -> tuple[str, list[str]]:

@@ -50,13 +50,27 @@ MOBILENETV2 = _mobilenetv2_modules()
 RESNET_ATTN = re.compile(r"^(layer\d+\.\d+)\.eca\.")
 
 
-def in_timm_layout(tensors: Mapping[str, _T]) -> tuple[bool, dict[str, _T]]:
+def in_timm_layout(tensors: Mapping[str, _T], name: str = "The checkpoint") -> tuple[bool, dict[str, _T]]:
     """Return whether keys are the official repository's, and the tensors under timm's keys.
 
     A key that neither layout knows stays as it is.
+
+    Args:
+        tensors: The tensors, or what stands for them, by key.
+        name: What to call them in messages.
+
+    Raises:
+        ValueError: If two keys are one weight's, in either layout.
     """
     official = any(RESNET_ATTN.match(key) or key.startswith("features.") for key in tensors)
-    return official, {_renamed(key) if official else key: tensor for key, tensor in tensors.items()}
+    if not official:
+        return False, dict(tensors)
+    keys: dict[str, str] = {}  # by timm's
+    for key in tensors:
+        other = keys.setdefault(_renamed(key), key)
+        if other != key:
+            raise ValueError(f"{name} holds one weight twice, as {other} and as {key}: which of them counts?")
+    return True, {renamed: tensors[key] for renamed, key in keys.items()}
 
 
 def _renamed(key: str) -> str:
