@@ -85,7 +85,7 @@ class TestTable:
     def test_committed_coverage(self, repository):
         """The documentation's table fits this timm's names, and what is placed today."""
         rows = {r["name"]: r for r in json.loads((repository / "docs" / "coverage.json").read_text())["models"]}
-        assert list(rows) == timm_names(), "timm-eca coverage writes the table anew"
+        assert list(rows) == timm_names(), "timm-eca coverage --out docs writes the tables anew"
         for name in NAMES:
             today = coverage_of(name)
             assert rows[name]["sites"] == today.sites, name

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from timm_eca.cli import main
-from timm_eca.coverage import coverage_of
+from timm_eca.coverage import check_place, coverage_of
 
 
 def lines(capsys):
@@ -49,6 +49,46 @@ def test_coverage(jobs, capsys, tmp_path):
     table = (tmp_path / "coverage.md").read_text()
     resnets = sum(m["module"] == "resnet" for m in models)
     assert f"| resnet | {resnets} | {resnets} | 4 to 50 | BasicBlock `.se`<br>Bottleneck `.se` |" in table
+
+
+def test_coverage_writes_nothing_unasked(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["coverage", "--filter", "resnet18"]) == 0
+    printed = capsys.readouterr().out
+    assert "for 1 of the " in printed
+    assert "| resnet | 1 | 1 | 8 | BasicBlock `.se` |" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_coverage_replaces_its_own_tables_alone(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_eca.coverage.timm_names", lambda: ["resnet18"])
+
+    def run(*arguments):
+        code = main(["coverage", "--out", str(tmp_path), *arguments])
+        return code, capsys.readouterr().err.splitlines()[-1]
+
+    table, data = tmp_path / "coverage.md", tmp_path / "coverage.json"
+    (tmp_path / "thesis.tex").touch()
+    assert [run()[0], run()[0]] == [0, 0]
+    whole = data.read_text()
+    refusal = "timm-eca: {} was not made by timm-eca coverage{}. Give another folder."
+    assert run("--filter", "resnet*") == (2, refusal.format(table, " --filter resnet*"))
+    table.write_text("# Coverage of my tests\n")
+    assert run() == (2, refusal.format(table, ""))
+    table.unlink()
+    assert run()[0] == 0
+    data.write_text('{"lines": 93}')
+    assert run() == (2, refusal.format(table, ""))
+    table.unlink()
+    assert run() == (2, refusal.format(data, ""))
+    assert data.read_text() == '{"lines": 93}'
+    data.unlink()
+    assert run()[0] == 0
+    assert data.read_text() == whole
+
+
+def test_the_committed_tables_can_be_made_anew(repository):
+    check_place(repository / "docs")
 
 
 @pytest.mark.parametrize("arguments", [["--filter", "nothing*"], ["--jobs", "0"]])

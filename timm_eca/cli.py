@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
     coverage = commands.add_parser("coverage", help="build every timm model with ECA and tabulate where it sits")
     coverage.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
-    coverage.add_argument("--out", type=Path, default=Path("docs"), help="folder of the tables (default: %(default)s)")
+    coverage.add_argument(
+        "--out", type=Path, help="folder for coverage.md and coverage.json (default: the table on standard output)"
+    )
     coverage.add_argument("--filter", default="", help="only names that match, such as 'resnet*'")
     coverage.set_defaults(run=_coverage)
     for command in COMMANDS:
@@ -119,18 +121,23 @@ def _coverage(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from .coverage import survey, timm_names, write_tables
+    from .coverage import DATA, TABLE, check_place, markdown, survey, timm_names, write_tables
 
     names = fnmatch.filter(timm_names(), args.filter or "*")
     if not names or args.jobs < 1:
         raise CommandError(f"--filter {args.filter!r} must match a model and --jobs be at least 1, got {args.jobs}.")
+    if args.out:
+        check_place(args.out, args.filter)  # before the minutes that follow
     rows = list(tqdm(survey(names, args.jobs), total=len(names), unit="model"))
+    if not args.out:
+        print(markdown(rows), end="")
+        return
     try:
-        write_tables(rows, args.out)
+        write_tables(rows, args.out, args.filter)
     except OSError as error:
         raise CommandError(f"cannot write to {args.out}: {error.strerror or error}.") from error
     taking = sum(row.sites > 0 for row in rows)
-    print(f"{taking} of {len(rows)} models take the layer: {args.out}/coverage.md, {args.out}/coverage.json")
+    print(f"{taking} of {len(rows)} models take the layer: {args.out / TABLE}, {args.out / DATA}")
 
 
 def _script(args: argparse.Namespace) -> None:

@@ -12,12 +12,28 @@ from pathlib import Path
 import timm
 from torch import nn
 
+from .errors import CommandError
 from .inject import attn_sites
 from .models import ENTRYPOINTS
+from .outputs import is_made_by
 from .sites import Site
 from .timm_hooks import install
 
-__all__ = ["Coverage", "coverage_of", "markdown", "survey", "timm_names", "write_tables"]
+__all__ = [
+    "DATA",
+    "TABLE",
+    "Coverage",
+    "check_place",
+    "coverage_of",
+    "markdown",
+    "survey",
+    "timm_names",
+    "write_tables",
+]
+
+TABLE = "coverage.md"
+DATA = "coverage.json"
+TITLE = "# Which of timm's models take attention"
 
 
 @dataclass(frozen=True)
@@ -90,11 +106,13 @@ def markdown(rows: Iterable[Coverage]) -> str:
     by_module: dict[str, list[Coverage]] = defaultdict(list)
     for row in rows:
         by_module[row.module].append(row)
+    count, total = sum(map(len, by_module.values())), len(timm_names())
+    which = f"all {count:,}" if count == total else f"{count:,} of the {total:,}"
     taking = {m: found for m, found in by_module.items() if any(row.sites for row in found)}
     lines = [
-        f"`timm.create_model(name, attn_layer='eca')` for all {sum(map(len, by_module.values())):,} models of timm"
-        f" {timm.__version__}; braces stand around the tensor that passes through the layer, a leading dot is a slot of"
-        " the block that calls it.",
+        f"`timm.create_model(name, attn_layer='eca')` for {which} models of timm {timm.__version__};"
+        " braces stand around the tensor that passes through the layer, a leading dot is a slot of the block that calls"
+        " it.",
         "",
         "| module | models | take it | layers in each | where |",
         "|---|---|---|---|---|",
@@ -152,9 +170,31 @@ def _refusals(found: list[Coverage]) -> list[tuple[str, str]]:
     return [(", ".join(names) if len(names) < 4 else f"{len(names)}", why) for why, names in reasons.items()]
 
 
-def write_tables(rows: Sequence[Coverage], folder: Path) -> None:
-    """Write coverage.md, the table, and coverage.json, the number of layers in each model."""
+def check_place(folder: Path, pattern: str = "") -> None:
+    """Check that in a folder no tables but those of the same models would be replaced.
+
+    Raises:
+        CommandError: If it holds a coverage.md or coverage.json of anything else.
+    """
+    table, data = folder / TABLE, folder / DATA
+    foreign = [path for path in (table, data) if path.exists() and not is_made_by(data, _made_by(pattern))]
+    if table.exists() and not table.read_text(errors="replace").startswith(TITLE):
+        foreign = foreign or [table]
+    if foreign:
+        raise CommandError(f"{foreign[0]} was not made by {_made_by(pattern)}. Give another folder.")
+
+
+def _made_by(pattern: str) -> str:
+    return f"timm-eca coverage --filter {pattern}" if pattern else "timm-eca coverage"
+
+
+def write_tables(rows: Sequence[Coverage], folder: Path, pattern: str = "") -> None:
+    """Write coverage.md, the table, and coverage.json, the number of layers in each model that matches a pattern.
+
+    Errors as `check_place`.
+    """
+    check_place(folder, pattern)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "coverage.md").write_text(f"# Which of timm's models take attention\n\n{markdown(rows)}")
-    data = {"timm": timm.__version__, "models": [asdict(row) for row in rows]}
-    (folder / "coverage.json").write_text(json.dumps(data, indent=0) + "\n")
+    (folder / TABLE).write_text(f"{TITLE}\n\n{markdown(rows)}")
+    data = {"made_by": _made_by(pattern), "timm": timm.__version__, "models": [asdict(row) for row in rows]}
+    (folder / DATA).write_text(json.dumps(data, indent=0) + "\n")

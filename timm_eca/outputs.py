@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import CommandError
 
-__all__ = ["RESULTS", "whole_folder"]
+__all__ = ["RESULTS", "is_made_by", "whole_folder"]
 
 RESULTS = "results.json"
 
@@ -33,7 +33,7 @@ def whole_folder(
     out = Path(os.path.realpath(out.expanduser()))
 
     def check(folder: Path) -> None:
-        is_ours = replaceable or (lambda folder: _made_by(folder, made_by))
+        is_ours = replaceable or (lambda folder: is_made_by(folder / RESULTS, made_by))
         foreign = next((p for p in _paths(folder) if not any(fnmatch.fnmatchcase(p, ours) for ours in patterns)), None)
         if foreign or (any(folder.iterdir()) and not is_ours(folder)):
             such = f", such as {foreign}" if foreign else ""
@@ -70,9 +70,10 @@ def _paths(folder: Path) -> Iterator[str]:
             yield path.relative_to(folder).as_posix()
 
 
-def _made_by(out: Path, made_by: str) -> bool:
+def is_made_by(path: Path, made_by: str) -> bool:
+    """Return whether a JSON file says that a command made it."""
     try:
-        return json.loads((out / RESULTS).read_text()).get("made_by") == made_by
+        return json.loads(path.read_text()).get("made_by") == made_by
     except (OSError, ValueError, AttributeError):
         return False
 
