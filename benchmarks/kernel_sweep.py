@@ -78,7 +78,7 @@ def sweep(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise CommandError(f"the sweep needs {', '.join(missing)}: pip install 'timm-eca[demo]'")
+        raise CommandError(f"the sweep needs {', '.join(missing)}: pip install {' '.join(missing)}")
     for name in ("seeds", "epochs", "size"):
         if getattr(args, name) < 1:
             raise CommandError(f"--{name} must be at least 1, got {getattr(args, name)}.")

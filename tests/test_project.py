@@ -42,7 +42,7 @@ STREET += [
     "cards",
     "layouts",
 ]
-STREET += ["checkpoint_files", "saving", "hub", "convert", "complexity", "scripts", "demo", "cli"]
+STREET += ["checkpoint_files", "saving", "hub", "convert", "complexity", "scripts", "demo", "cli", "__main__"]
 
 
 def imports_of(module):

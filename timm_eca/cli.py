@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -176,13 +178,26 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for anything the user can mend, 130 when interrupted."""
+    """Run the command line and return its exit code.
+
+    0; 2 for anything the user can mend; 130 when interrupted; 141 when the reader of the output went away, as `head`
+    does.
+    """
     argv = sys.argv[1:] if argv is None else argv
     # timm's scripts parse their own arguments, --help among them: argparse sees the command alone.
     is_script = bool(argv) and argv[0] in COMMANDS
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the console cannot show breaks nothing
     args = _parser().parse_args(argv[:1] if is_script else argv, argparse.Namespace(arguments=argv[1:]))
     try:
         args.run(args)
+        if not is_script:
+            print(end="", flush=True)  # here and not at Python's end, where an error could not be caught
+    except BrokenPipeError:
+        if is_script:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        return 141
     except CommandError as error:
         print(f"timm-eca: {error}", file=sys.stderr)
         return 2

@@ -153,7 +153,7 @@ class TestRefusals:
 
         find_spec = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find_spec(name))
-        self.check(capsys, ["--out", tmp_path / "out"], "the demo needs scikit-learn: pip install 'timm-eca[demo]'")
+        self.check(capsys, ["--out", tmp_path / "out"], "the demo needs scikit-learn: pip install scikit-learn")
         assert not list(tmp_path.iterdir())
 
     def test_interrupted(self, capsys, tmp_path, monkeypatch):

@@ -139,6 +139,16 @@ def test_refused_connection(server, tmp_path, capsys, monkeypatch):
         assert_refused(tmp_path, capsys, "Connection refused")
 
 
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_without_the_script(option, server, capsys):
+    server.status = 404
+    assert main(["train", option]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("usage: timm-eca train [--timm-scripts DIR] [arguments of timm's train.py]\n")
+    assert "All arguments but --timm-scripts are the script's own" in printed.out
+    assert CLONE in printed.err
+
+
 @pytest.mark.parametrize("url", ["nonsense", "http://["])
 def test_bad_address(url, server, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TIMM_ECA_SCRIPTS_URL", url)

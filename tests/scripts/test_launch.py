@@ -161,4 +161,4 @@ def test_missing_package(checkout, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pandas" else find_spec(name))
     (checkout / "inference.py").touch()
     message = refused(capsys, "inference", "--timm-scripts", checkout)
-    assert message == "timm-eca: timm's inference needs pandas: pip install 'timm-eca[scripts]'\n"
+    assert message == "timm-eca: timm's inference needs pandas: pip install pandas\n"

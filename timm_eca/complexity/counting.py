@@ -38,7 +38,7 @@ def check_counter() -> None:
     try:
         import thop  # noqa: F401
     except ImportError:
-        raise CommandError("counting needs ultralytics-thop: pip install 'timm-eca[complexity]'") from None
+        raise CommandError("counting needs ultralytics-thop: pip install ultralytics-thop") from None
 
 
 def count(model: nn.Module, counters: Sequence[str] = tuple(COUNTERS), size: int = 224) -> Count:

@@ -76,7 +76,7 @@ def _check(epochs: int) -> None:
         raise CommandError(f"--epochs must be at least 1, got {epochs}.")
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise CommandError(f"the demo needs {', '.join(missing)}: pip install 'timm-eca[demo]'")
+        raise CommandError(f"the demo needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _row(label: str, model: nn.Module, history: History) -> dict[str, Any]:

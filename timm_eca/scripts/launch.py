@@ -19,6 +19,11 @@ COMMANDS = ("train", "validate", "benchmark", "inference", "onnx-export", "avg-c
 NEEDS = {"inference": ("pandas",), "onnx-export": ("onnx", "onnxscript")}
 """Packages that a script imports and timm does not bring."""
 
+HELP = """usage: timm-eca {command} [--timm-scripts DIR] [arguments of timm's {name}.py]
+
+Runs timm's {name}.py with the models and layers of timm_eca. All arguments but --timm-scripts are the script's own, and
+so is their list, which needs the script: a checkout of timm's repository in DIR or $TIMM_SCRIPTS, or a download."""
+
 
 def run_script(command: str, arguments: Sequence[str]) -> None:
     """Run a script of timm's as if it had been started as a file, but with this package's names registered.
@@ -34,7 +39,13 @@ def run_script(command: str, arguments: Sequence[str]) -> None:
         CommandError: If the script cannot be had, or a package that it imports is missing.
     """
     folder, passed = _split(arguments)
-    script = find_script(command.replace("-", "_"), folder)
+    name = command.replace("-", "_")
+    try:
+        script = find_script(name, folder)
+    except CommandError:
+        if {"-h", "--help"} & set(passed):
+            print(HELP.format(command=command, name=name))
+        raise
     _check_packages(command)
     if (warning := distance_warning(script, timm.__version__)) and os.environ.get("RANK", "0") == "0":
         print(f"timm-eca: warning: {warning}", file=sys.stderr)
@@ -44,7 +55,7 @@ def run_script(command: str, arguments: Sequence[str]) -> None:
 def _check_packages(command: str) -> None:
     missing = [name for name in NEEDS.get(command, ()) if importlib.util.find_spec(name) is None]
     if missing:
-        raise CommandError(f"timm's {command} needs {', '.join(missing)}: pip install 'timm-eca[scripts]'")
+        raise CommandError(f"timm's {command} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
