@@ -10,10 +10,12 @@ import pytest
 import timm
 from PIL import Image
 
+from timm_eca import hub
 from timm_eca.cli import main
 from timm_eca.demo.digits import write_digits
 from timm_eca.demo.figures import mean_channel_weights
 from timm_eca.demo.training import make_loaders
+from timm_eca.weights import read_config
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,9 @@ def test_table(finished):
     rows = [line.split() for line in printed.splitlines() if line.startswith("resnet18")]
     assert [row[0:-4] for row in rows] == [["resnet18"], ["resnet18", "+", "eca"]]
     assert [row[-4:-2] for row in rows] == [["11,175,370", "0"], ["11,175,406", "36"]]
-    assert "logits identical on 360 images" in printed
+    for way in ("timm_eca.hub.load('...')", "timm.create_model('local-dir:...', pretrained=True)"):
+        assert f"Reloaded with {way}: logits identical on 360 images" in printed
+    assert "2 epochs each" in printed
     assert "100%" in progress
 
 
@@ -46,7 +50,7 @@ def test_files(finished):
         with Image.open(out / name) as picture:
             assert min(picture.size) > 400
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
-    assert {p.name for p in (out / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in (out / "model").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert not [p for p in out.parent.iterdir() if p != out]
 
 
@@ -60,11 +64,19 @@ def test_learned(finished):
 
 
 def test_saved_model_knows_its_data(finished):
-    model = timm.create_model(f"local-dir:{finished[0] / 'model'}", pretrained=True)
-    config = timm.data.resolve_model_data_config(model)
-    assert [list(config[k]) for k in ("input_size", "mean", "std")] == [[1, 32, 32], [0.5], [0.5]]
-    assert model.attn_spec.name == "eca"
-    assert model.pretrained_cfg["tag"] == "digits"
+    folder = finished[0] / "model"
+    for model in (hub.load(folder), timm.create_model(f"local-dir:{folder}", pretrained=True)):
+        config = timm.data.resolve_model_data_config(model)
+        assert [list(config[k]) for k in ("input_size", "mean", "std")] == [[1, 32, 32], [0.5], [0.5]]
+        assert model.attn_spec.name == "eca"
+        assert model.pretrained_cfg["tag"] == "digits"
+    assert read_config(folder)["label_names"] == [str(digit) for digit in range(10)]
+    assert "trained by `timm-eca demo` on scikit-learn's scanned digits" in (folder / "README.md").read_text()
+
+
+def test_saved_model_is_verified(finished, capsys):
+    assert main(["verify", str(finished[0] / "model")]) == 0
+    assert "intact" in capsys.readouterr().out
 
 
 def test_an_earlier_demo_is_replaced(finished, capsys):
@@ -75,6 +87,7 @@ def test_an_earlier_demo_is_replaced(finished, capsys):
     assert "holds other files than those of timm-eca demo, such as digits/train/3/mine.png" in capsys.readouterr().err
     mine.unlink()
     assert main(["demo", "--epochs", "1", "--out", str(out)]) == 0
+    assert "validation images, 1 epoch each," in capsys.readouterr().out
     assert len(json.loads((out / "results.json").read_text())["histories"]["resnet18"]["top1"]) == 1
     assert not [p for p in out.parent.iterdir() if p != out]
 

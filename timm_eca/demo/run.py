@@ -11,14 +11,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import save_for_hf
 from timm.utils import random_seed
 from torch import nn
 
+from .. import hub
 from ..errors import CommandError
 from ..inject import attn_modules
 from ..outputs import RESULTS, whole_folder
-from ..weights import CONFIG, WEIGHTS
+from ..weights import CARD, CONFIG, WEIGHTS
 from .digits import CLASSES, write_digits
 from .figures import mean_channel_weights, plot_channel_weights, plot_curves
 from .training import DATA_CONFIG, History, make_loaders, train
@@ -31,6 +31,7 @@ FILES = (
     f"digits/val/[0-9]/{'[0-9]' * 4}.png",
     f"model/{CONFIG}",
     f"model/{WEIGHTS}",
+    f"model/{CARD}",
     "curves.png",
     "channel_weights.png",
     RESULTS,
@@ -53,7 +54,8 @@ def run_demo(out: Path, epochs: int) -> None:
     _check(epochs)
     with whole_folder(out, MADE_BY, FILES) as folder:
         counts = write_digits(folder / "digits", SEED)
-        print(f"{counts[0]} training and {counts[1]} validation images, {epochs} epochs each, {BACKBONE} at 32 x 32")
+        times = f"{epochs} {'epoch' if epochs == 1 else 'epochs'} each"
+        print(f"{counts[0]} training and {counts[1]} validation images, {times}, {BACKBONE} at 32 x 32")
         loaders = make_loaders(folder / "digits")
         models: dict[str, nn.Module] = {}
         histories: dict[str, History] = {}
@@ -98,17 +100,23 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 @torch.inference_mode()
 def _save_and_reload(model: nn.Module, loader: Any, folder: Path) -> None:
-    """Save a model in Hub format, load it by its folder, and require the same logits to the last bit."""
+    """Save a model in Hub format, load it both ways by its folder, and require the same logits to the last bit."""
     config = {"label_names": CLASSES, "pretrained_cfg": {"tag": "digits", "paper_ids": "arXiv:1910.03151"}}
-    save_for_hf(model, str(folder), model_config=config, safe_serialization=True, data_config=DATA_CONFIG)
-    reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    origin = f"trained by `{MADE_BY}` on scikit-learn's scanned digits"
+    # Not portable: the layer that timm has of its own rounds differently.
+    hub.save(model, folder, portable=False, origin=origin, model_config=config, data_config=DATA_CONFIG)
+    reloaded = {
+        "timm_eca.hub.load('...')": hub.load(folder),
+        "timm.create_model('local-dir:...', pretrained=True)": timm.create_model(
+            f"local-dir:{folder}", pretrained=True
+        ),
+    }
     model.eval()
-    reloaded.eval()
-    for images, _ in loader:
-        if not torch.equal(model(images), reloaded(images)):
-            raise RuntimeError("the reloaded model's logits differ from the saved model's")
-    count = len(loader.dataset)
-    print(f"Reloaded with timm.create_model('local-dir:...', pretrained=True): logits identical on {count} images")
+    for way, again in reloaded.items():
+        again.eval()
+        if not all(torch.equal(model(images), again(images)) for images, _ in loader):
+            raise RuntimeError(f"the logits of {way} differ from the saved model's")
+        print(f"Reloaded with {way}: logits identical on {len(loader.dataset)} images")
 
 
 def _write_results(path: Path, rows: list[dict[str, Any]], histories: dict[str, History]) -> None:
