@@ -247,6 +247,8 @@ attempt("push", lambda: hub.push(net(1), "lab/net"), str)
         assert found["cold"][0] == "WeightsError"
         assert "is not in the cache, and the Hub is offline or cannot be reached" in found["cold"][1]
         assert found["push"][0] == "WeightsError"
+        assert found["push"][1].startswith(f"the upload of lab/net on {server.url}: ")
+    assert ": the Hub is offline or cannot be reached" in found["push"][1]
 
 
 def test_two_at_once(server, client, folder, net):

@@ -18,7 +18,7 @@ from torch import nn
 from .errors import IntegrityError, WeightsError
 from .fit import attn_args, check_fit
 from .hub_cache import hub_folder, split_hub_id
-from .hub_errors import explain, with_retries
+from .hub_errors import UPLOAD, explain, with_retries
 from .models import ENTRYPOINTS
 from .saving import FILES, describe, save, write_folder
 from .timm_hooks import installed
@@ -86,7 +86,7 @@ def push(
             )
 
         # Once again is harmless, as what is there already is left out, except that it could open a second pull request.
-        done = commit() if create_pr else with_retries(commit, repo, "the upload")
+        done = commit() if create_pr else with_retries(commit, repo, UPLOAD)
     return done.pr_url or done.commit_url
 
 
@@ -111,7 +111,7 @@ def _explained(repo: str) -> Iterator[None]:
     except WeightsError:
         raise
     except Exception as error:
-        raise explain(error, repo, "the upload") from error
+        raise explain(error, repo, UPLOAD) from error
 
 
 def load(source: str | Path, *, cache_dir: Any = None, token: str | bool | None = None, **kwargs: Any) -> nn.Module:

@@ -20,12 +20,13 @@ from huggingface_hub.errors import (
 
 from .errors import MissingWeightsError, WeightsError
 
-__all__ = ["explain", "with_retries"]
+__all__ = ["UPLOAD", "explain", "with_retries"]
 
 _logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 RETRY_SECONDS = 1.0
+UPLOAD = "the upload"
 
 # What the client adds to the Hub's answer: numbers of requests, and addresses, which ours give already.
 _NOISE = re.compile(
@@ -35,15 +36,15 @@ _NOISE = re.compile(
 _SAID_ALREADY = ("repository not found", "invalid username or password")
 
 
-def with_retries(call: Callable[[], Any], hub_id: str, filename: str) -> Any:
+def with_retries(call: Callable[[], Any], hub_id: str, what: str) -> Any:
     """Make a call to the Hub, again where the failure is a passing one, and explain an error that stays."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
         except Exception as error:
             if attempt == ATTEMPTS or not _passing(error):
-                raise explain(error, hub_id, filename) from error
-            _logger.warning("%s of %s: %s. Trying again.", filename, hub_id, _reason(error))
+                raise explain(error, hub_id, what) from error
+            _logger.warning("%s of %s: %s. Trying again.", what, hub_id, _reason(error))
             time.sleep(RETRY_SECONDS * attempt)
 
 
@@ -61,7 +62,7 @@ def _status(error: BaseException) -> int:
     return getattr(getattr(error, "response", None), "status_code", 0)
 
 
-def explain(error: Exception, hub_id: str, filename: str) -> WeightsError:
+def explain(error: Exception, hub_id: str, what: str) -> WeightsError:
     """Return a failure of the Hub's client in one line that says what to do."""
     where = f"{hub_id} on {_masked(constants.ENDPOINT)}"
     if isinstance(error, GatedRepoError):
@@ -77,14 +78,13 @@ def explain(error: Exception, hub_id: str, filename: str) -> WeightsError:
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         cause = error.__cause__
         if isinstance(cause, FileMetadataError) or (isinstance(cause, Exception) and 0 < _status(cause) < 500):
-            return explain(cause, hub_id, filename)  # it was reached, and answered
+            return explain(cause, hub_id, what)  # it was reached, and answered
         reason = f": {_reason(cause)}" if cause else "."
-        return WeightsError(
-            f"{filename} of {where} is not in the cache, and the Hub is offline or cannot be reached{reason}"
-        )
+        failed = ":" if what == UPLOAD else " is not in the cache, and"
+        return WeightsError(f"{what} of {where}{failed} the Hub is offline or cannot be reached{reason}")
     if isinstance(error, EntryNotFoundError):
-        return MissingWeightsError(f"{where} has no {filename}.")
-    return WeightsError(f"{filename} of {where}: {_reason(error)}")
+        return MissingWeightsError(f"{where} has no {what}.")
+    return WeightsError(f"{what} of {where}: {_reason(error)}")
 
 
 def _reason(error: BaseException) -> str:
