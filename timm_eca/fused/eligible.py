@@ -6,7 +6,7 @@ lookups. Whoever watches or transforms single operations (hooks, modes, tracers,
 """
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -86,7 +86,8 @@ class Parts:
         tail: The tail's modules, of which each may have hooks.
         types: Their classes.
         inside: Those of the norms before, and what is beside them.
-        attributes: The modules' own attributes; a method among them is somebody's patch.
+        attributes: The modules' own attributes; a forward among them is somebody's patch.
+        attention: The attention's own; so are `channel_weights` among them.
         handles: How many handles of hooks had been made, of any module, when there was none on these.
     """
 
@@ -112,6 +113,7 @@ class Parts:
     types: tuple[type, ...] = ()
     inside: tuple[nn.Module, ...] = ()
     attributes: tuple[dict[str, Any], ...] = ()
+    attention: dict[str, Any] = field(default_factory=dict)
     handles: int = -1
 
     def still_fit(self, block: nn.Module) -> bool:
@@ -129,8 +131,10 @@ class Parts:
             if len(affine) < 2:
                 return False
         for attributes in self.attributes:
-            if "forward" in attributes or "channel_weights" in attributes:
+            if "forward" in attributes:
                 return False
+        if "channel_weights" in self.attention:
+            return False
         for norm in self.synced:
             if norm.training:
                 return False
@@ -186,6 +190,7 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         types=tuple(map(type, tail)),
         inside=tuple(inside),
         attributes=tuple(m.__dict__ for m in (*tail, *inside)),
+        attention=attn.__dict__,
     )
 
 
