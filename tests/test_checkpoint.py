@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import SEModule
 from timm.models import save_for_hf
 
 import timm_eca
@@ -146,6 +147,46 @@ class TestReplacedSqueezeAndExcitation:
         assert len(lines) == 2
         assert lines[0].startswith("Dropped 16 weights of modules that attention replaced: layer3.0.se.fc1.bias")
         assert lines[1] == PLAIN_LINE.format(4)
+
+    @pytest.mark.parametrize(
+        ("name", "layer", "arguments"),
+        [
+            ("seresnet18", "se", {"rd_ratio": 1 / 8}),
+            ("seresnet18", "scse", {}),
+            ("seresnet18", "ge_theta_plus", {}),
+            ("ecaresnet26t", "eca", {"kernel_size": 7}),
+            ("gcresnet33ts", "gc", {"rd_ratio": 1 / 4}),
+            ("regnety_002", "se", {"rd_ratio": 1 / 2}),
+            ("seresnet33ts", "se", {"rd_ratio": 1 / 8}),
+        ],
+    )
+    def test_its_keys_that_the_layer_has_too(self, name, layer, arguments):
+        """Weights of the old module are nothing to the new one, also where some have its names and shapes."""
+        plain = randomize_(timm.create_model(name)).state_dict()
+        model = timm.create_model(name, attn_layer=layer, attn_kwargs=arguments)
+        initial = copy.deepcopy(model.state_dict())
+        model.load_state_dict(plain)
+        layers = tuple(f"{path}." for path in attn_modules(model))
+        assert layers
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, (initial if key.startswith(layers) else plain)[key]), key
+        trained = randomize_(timm.create_model(name, attn_layer=layer, attn_kwargs=arguments)).state_dict()
+        model.load_state_dict(trained)
+        assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+
+    def test_a_layer_with_all_its_tensors_and_more(self):
+        class Signed(SEModule):
+            def __init__(self, channels):
+                super().__init__(channels)
+                self.sign = torch.nn.Parameter(torch.ones(channels))
+
+        model = timm.create_model("seresnet18", attn_layer=Signed)
+        initial = copy.deepcopy(model.layer1[0].se.state_dict())
+        model.load_state_dict(timm.create_model("seresnet18").state_dict())
+        assert all(torch.equal(value, initial[key]) for key, value in model.layer1[0].se.state_dict().items())
+        incomplete = without("layer1.0.se.sign")(model.state_dict())
+        with pytest.raises(ValueError, match=r"39 of 40 attention weights and lacks layer1.0.se.sign"):
+            model.load_state_dict(incomplete)
 
     def test_foreign_keys_still_raise(self, make):
         _, path = make("seresnet18", lambda w: {**w, "layer3.0.other.weight": torch.zeros(1)})

@@ -32,20 +32,20 @@ class LoadGuard:
     Attributes:
         spec: What the model carries.
         sites: Where it carries it.
-        stale: Keys of the tensors that gave way to attention, with their shapes; dropped from a checkpoint that has
-            them.
+        replaced: Keys of the tensors that gave way to attention, with their shapes; dropped from a plain backbone's
+            checkpoint. Some may be called and shaped as the layers' own are.
         empty_slots: Paths that stayed empty because of `attn_stages`; a checkpoint must not have weights there.
     """
 
     spec: AttnSpec
     sites: tuple[Site, ...]
-    stale: tuple[tuple[str, torch.Size], ...] = ()
+    replaced: tuple[tuple[str, torch.Size], ...] = ()
     empty_slots: tuple[str, ...] = ()
 
     def __call__(
         self, model: nn.Module, state_dict: StateDict, prefix: str, local_metadata: dict[str, Any], *_: Any
     ) -> None:
-        self._drop_stale(state_dict, prefix)
+        self._drop_replaced(model, state_dict, prefix)
         self._reject_foreign(state_dict, prefix)
         own = self._layer_tensors(model, prefix)
         missing = [key for key in own if key not in state_dict]
@@ -67,12 +67,18 @@ class LoadGuard:
         """The sites that are left: timm's feature extraction cuts off what comes after the last feature."""
         return [site for site in self.sites if lookup(model, site.path) is not None]
 
-    def _drop_stale(self, state_dict: StateDict, prefix: str) -> None:
-        stale = [prefix + key for key, shape in self.stale if _has(state_dict, prefix + key, shape)]
-        for key in stale:
+    def _drop_replaced(self, model: nn.Module, state_dict: StateDict, prefix: str) -> None:
+        own = self._layer_tensors(model, prefix)
+        found = [(prefix + key, shape) for key, shape in self.replaced if _has(state_dict, prefix + key, shape)]
+        shared = {key for key, shape in found if _has(own, key, shape)}
+        only_shared = bool(shared) and {key for key in own if key in state_dict} == shared != own.keys()
+        # A tensor of an old shape tells whose the shared ones are; so does a checkpoint that has these and no others.
+        if len(found) == len(shared) and not only_shared:
+            return
+        dropped = [key for key, _ in found]
+        for key in dropped:
             del state_dict[key]
-        if stale:
-            _logger.info("Dropped %d weights of modules that attention replaced: %s.", len(stale), _some(stale))
+        _logger.info("Dropped %d weights of modules that attention replaced: %s.", len(dropped), _some(dropped))
 
     def _reject_foreign(self, state_dict: StateDict, prefix: str) -> None:
         slots = tuple(f"{prefix}{slot}." for slot in self.empty_slots)

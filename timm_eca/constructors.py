@@ -52,7 +52,9 @@ class ConstructorByTimm(ConstructorWithAttn[_ModelT]):
         if not sites:  # some configurations have the argument and no block that heeds it
             return super().__call__(*args, **kwargs)
         plain = self.model_cls(*args, **{**kwargs, "device": "meta"})
-        stale = tuple(sorted(shapes_of(plain) - shapes_of(model)))
-        model.register_load_state_dict_pre_hook(LoadGuard(self.spec, sites, stale))
+        layers = tuple(f"{site.path}." for site in sites)
+        kept = {(key, shape) for key, shape in shapes_of(model) if not key.startswith(layers)}
+        replaced = tuple(sorted(shapes_of(plain) - kept))
+        model.register_load_state_dict_pre_hook(LoadGuard(self.spec, sites, replaced))
         self.model = label_(model, self.spec, sites)
         return self.model

@@ -102,7 +102,7 @@ def inject_(model: _ModelT, spec: AttnSpec, name: str | None = None) -> _ModelT:
     guard = LoadGuard(
         spec=spec,
         sites=tuple(sites),
-        stale=tuple(entry for site, layer in zip(sites, layers) for entry in _stale(model, site, layer)),
+        replaced=tuple(entry for site in sites for entry in _replaced(model, site)),
         empty_slots=_empty_slots(model, spec, sites),
     )
     for site, layer, factor in zip(sites, layers, factors):
@@ -180,11 +180,10 @@ def _size_of_replaced(module: nn.Module) -> dict[str, Any]:
     return {"kernel_size": module.conv.kernel_size[0]} if isinstance(module, EcaLayer) else {}
 
 
-def _stale(model: nn.Module, site: Site, layer: nn.Module) -> list[tuple[str, torch.Size]]:
-    """Return the tensors of the modules that give way to a layer, but those that fit the layer too."""
+def _replaced(model: nn.Module, site: Site) -> list[tuple[str, torch.Size]]:
+    """Return the tensors of the modules that give way to a layer."""
     gone = [*site.removes, *([site.path] if site.replaces else [])]
-    stale = {entry for path in gone for entry in shapes_of(model.get_submodule(path), f"{path}.")}
-    return sorted(stale - shapes_of(layer, f"{site.path}."))
+    return sorted(entry for path in gone for entry in shapes_of(model.get_submodule(path), f"{path}."))
 
 
 def _empty_slots(model: nn.Module, spec: AttnSpec, sites: list[Site]) -> tuple[str, ...]:
