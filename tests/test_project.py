@@ -27,6 +27,7 @@ STREET = [
 ]
 STREET += ["fused", "branches", "sites", "stages", "placement", "identity", "making"]
 STREET += [
+    "wrappers",
     "checkpoint",
     "inject",
     "constructors",

@@ -14,8 +14,8 @@ def lookup(module: nn.Module, path: str) -> object:
     """Return what is at an attribute path, None where it ends early. A negative number counts from a list's end."""
 
     def step(current, name):
-        if name.lstrip("-").isdigit():
-            children = list(current.children()) if isinstance(current, (nn.Sequential, nn.ModuleList)) else []
+        if name.lstrip("-").isdigit() and isinstance(current, (nn.Sequential, nn.ModuleList)):
+            children = list(current.children())
             return children[int(name)] if -len(children) <= int(name) < len(children) else None
         return getattr(current, name, None)
 

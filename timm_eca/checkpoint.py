@@ -5,7 +5,8 @@ One hook on the model sees every way in: timm's `pretrained=True` and `checkpoin
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from .branches import lookup
 from .sites import Site
 from .spec import AttnSpec
+from .wrappers import moved, moved_site
 
 __all__ = ["LoadGuard"]
 
@@ -35,12 +37,24 @@ class LoadGuard:
         replaced: Keys of the tensors that gave way to attention, with their shapes; dropped from a plain backbone's
             checkpoint. Some may be called and shaped as the layers' own are.
         empty_slots: Paths that stayed empty because of `attn_stages`; a checkpoint must not have weights there.
+        layers: By path, layers of which the model has the weights only: fx takes modules apart.
     """
 
     spec: AttnSpec
     sites: tuple[Site, ...]
     replaced: tuple[tuple[str, torch.Size], ...] = ()
     empty_slots: tuple[str, ...] = ()
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def moved(self, paths: dict[str, str], layers: Mapping[str, nn.Module]) -> "LoadGuard":
+        """Return the guard of a wrapper that holds parts of the model, given their paths there."""
+        return replace(
+            self,
+            sites=tuple(moved_site(site, paths) for site in self.sites),
+            replaced=tuple((moved(key, paths), shape) for key, shape in self.replaced),
+            empty_slots=tuple(moved(slot, paths) for slot in self.empty_slots),
+            layers=layers,
+        )
 
     def __call__(
         self, model: nn.Module, state_dict: StateDict, prefix: str, local_metadata: dict[str, Any], *_: Any
@@ -92,7 +106,8 @@ class LoadGuard:
     def _complete_plain(self, model: nn.Module, state_dict: StateDict, prefix: str, assign: bool) -> None:
         if self.spec.attn_init == "identity":
             for site in self._sites_of(model):
-                _keep_identity(model, state_dict, prefix, site)
+                layer: Any = self.layers[site.path] if site.path in self.layers else model.get_submodule(site.path)
+                _keep_identity(model, layer, state_dict, prefix, site)
         own = self._layer_tensors(model, prefix)
         for key, tensor in own.items():
             state_dict.setdefault(key, tensor)
@@ -108,11 +123,11 @@ class LoadGuard:
         )
 
 
-def _keep_identity(model: nn.Module, state_dict: StateDict, prefix: str, site: Site) -> None:
+def _keep_identity(model: nn.Module, layer: Any, state_dict: StateDict, prefix: str, site: Site) -> None:
     """Scale the incoming weights as the layer's identity start needs it; the caller's tensors stay as they are."""
     if f"{prefix}{site.like}.weight" not in state_dict:
         return  # not this block's weights: a lenient load of a part
-    factor = model.get_submodule(site.path).identity_init_()  # type: ignore[operator]
+    factor = layer.identity_init_()
     for path in site.scales:
         key = prefix + path.lstrip("/")
         if key in state_dict:  # load_state_dict reports what is missing

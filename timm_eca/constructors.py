@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from .checkpoint import LoadGuard
-from .inject import inject_, label_
+from .inject import guard_, inject_
 from .making import build_layer, shapes_of
 from .placement import placed_site
 from .spec import AttnSpec
@@ -55,6 +55,5 @@ class ConstructorByTimm(ConstructorWithAttn[_ModelT]):
         layers = tuple(f"{site.path}." for site in sites)
         kept = {(key, shape) for key, shape in shapes_of(model) if not key.startswith(layers)}
         replaced = tuple(sorted(shapes_of(plain) - kept))
-        model.register_load_state_dict_pre_hook(LoadGuard(self.spec, sites, replaced))
-        self.model = label_(model, self.spec, sites)
+        self.model = guard_(model, LoadGuard(self.spec, sites, replaced))
         return self.model

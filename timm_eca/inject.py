@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .branches import lookup
 from .checkpoint import LoadGuard
 from .families import FAMILIES
 from .fused import fuse_blocks_
@@ -20,13 +21,14 @@ from .making import build_layer, check_layer_args, shapes_of
 from .placement import find_sites, placed_by_timm
 from .sites import Site, family_of
 from .spec import AttnSpec
+from .wrappers import moved_site, paths_in
 
 __all__ = [
     "add_attn_",
     "attn_modules",
     "attn_sites",
+    "guard_",
     "inject_",
-    "label_",
     "label_wrapper_",
     "plan_attn",
     "restart_identity_",
@@ -110,12 +112,17 @@ def inject_(model: _ModelT, spec: AttnSpec, name: str | None = None) -> _ModelT:
         _place_(model, site, layer, factor)
     for path, gates in _gates_by_block(sites).items():
         gate_block_(model.get_submodule(path), gates)
+    return guard_(model, guard)
+
+
+def guard_(model: _ModelT, guard: LoadGuard) -> _ModelT:
+    """Have a model's guard see what is loaded into it, and set what the model says of itself."""
     model.register_load_state_dict_pre_hook(guard)
-    return label_(model, spec, guard.sites)
+    model.attn_guard = guard  # type: ignore[assignment]
+    return _label_(model, guard.spec, guard.sites)
 
 
-def label_(model: _ModelT, spec: AttnSpec, sites: tuple[Site, ...]) -> _ModelT:
-    """Set what a model says of itself: `attn_spec` and `attn_sites`."""
+def _label_(model: _ModelT, spec: AttnSpec, sites: tuple[Site, ...]) -> _ModelT:
     model.attn_spec = spec  # type: ignore[assignment]
     model.attn_sites = sites  # type: ignore[assignment]
     return model
@@ -127,12 +134,18 @@ def attn_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def label_wrapper_(wrapper: nn.Module, model: nn.Module) -> nn.Module:
-    """Set the label of a wrapper for feature extraction, with the paths that the model's layers have in it."""
-    paths = {id(module): path for path, module in wrapper.named_modules()}
-    layers = dict(model.named_modules())  # the wrapper may have cut some away
-    sites = [(site, paths.get(id(layers.get(site.path)))) for site in attn_sites(model)]
-    kept = tuple(replace(site, path=path) for site, path in sites if path is not None)
-    return label_(wrapper, model.attn_spec, kept)  # type: ignore[arg-type]
+    """Set the label of a wrapper for feature extraction, with the paths that the model's layers have in it.
+
+    Where the wrapper holds parts of the model only, the model's guard on loading is not among them: it gets its own.
+    """
+    paths = paths_in(wrapper, model)
+    layers = {moved_site(site, paths): lookup(model, site.path) for site in attn_sites(model)}
+    kept = tuple(site for site, layer in layers.items() if layer is not None and lookup(wrapper, site.path) is layer)
+    if not any(module is model for module in wrapper.modules()):
+        inner: Any = model.attn_guard
+        apart = {s.path: m for s, m in layers.items() if isinstance(m, nn.Module) and s not in kept}
+        guard_(wrapper, inner.moved(paths, apart))
+    return _label_(wrapper, model.attn_spec, kept)  # type: ignore[arg-type]
 
 
 def attn_sites(model: nn.Module) -> tuple[Site, ...]:
