@@ -3,11 +3,21 @@
 from collections.abc import Iterator
 from functools import reduce
 
+import torch
 from torch import nn
 
 from .block_rule import BlockRule
 
-__all__ = ["has_scalable", "lookup", "output_channels", "resolve", "scaling_tensors", "squeeze_channels"]
+__all__ = [
+    "has_scalable",
+    "lookup",
+    "output_channels",
+    "resolve",
+    "scaling_tensors",
+    "squeeze_channels",
+    "tensor_key",
+    "tensor_near",
+]
 
 
 def lookup(module: nn.Module, path: str) -> object:
@@ -32,12 +42,45 @@ def resolve(module: nn.Module, path: str) -> str:
 
 
 def output_channels(module: nn.Module, path: str) -> int:
-    """Return the output channels of the convolution, linear layer or norm at a path."""
+    """Return the output channels of the convolution, linear layer or norm at a path.
+
+    A norm that has nothing to tell them by is as wide as what comes before it.
+    """
     found = module.get_submodule(resolve(module, path))
-    for attribute in ("out_channels", "out_features", "num_features", "num_channels"):
-        if hasattr(found, attribute):
-            return int(getattr(found, attribute))
-    return len(getattr(found, "weight"))  # noqa: B009
+    width = _width(found, "out_channels", "out_features", "num_features", "num_channels")
+    if width is None and getattr(found, "weight", None) is not None:
+        width = len(getattr(found, "weight"))  # noqa: B009
+    for before in module.modules() if width is None else ():
+        if before is found:
+            break
+        width = _width(before, "out_channels", "out_features") or width
+    if width is None:
+        raise ValueError(f"Nothing tells how wide {path} of {type(module).__name__} is: it has no weights.")
+    return width
+
+
+def _width(module: nn.Module, *attributes: str) -> int | None:
+    return next((int(getattr(module, name)) for name in attributes if hasattr(module, name)), None)
+
+
+def tensor_key(model: nn.Module, path: str) -> str | None:
+    """Return the key in a model's state dict of the weight of a module.
+
+    Of a module without weight it is another tensor's, or one of the nearest parent that has any; None: there is none.
+    """
+    module = lookup(model, path) if path else model
+    tensors = module.state_dict(keep_vars=True) if isinstance(module, nn.Module) else {}
+    floating = {name: t for name, t in tensors.items() if torch.is_tensor(t) and t.is_floating_point()}
+    names = sorted(floating, key=lambda name: not isinstance(floating[name], nn.Parameter))  # a gain is a buffer
+    if names:
+        return f"{path}.{'weight' if 'weight' in names else names[0]}".lstrip(".")
+    return tensor_key(model, path.rpartition(".")[0]) if path else None
+
+
+def tensor_near(model: nn.Module, path: str) -> torch.Tensor:
+    """Return the tensor that `tensor_key` names: what comes next to it is to be on its device and of its type."""
+    owner, _, name = (tensor_key(model, path) or "").rpartition(".")
+    return getattr(model.get_submodule(owner), name) if name else torch.empty(0)
 
 
 def squeeze_channels(module: nn.Module) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .branches import lookup
+from .branches import lookup, tensor_key
 from .sites import Site
 from .spec import AttnSpec
 from .wrappers import moved, moved_site
@@ -125,7 +125,7 @@ class LoadGuard:
 
 def _keep_identity(model: nn.Module, layer: Any, state_dict: StateDict, prefix: str, site: Site) -> None:
     """Scale the incoming weights as the layer's identity start needs it; the caller's tensors stay as they are."""
-    if f"{prefix}{site.like}.weight" not in state_dict:
+    if f"{prefix}{tensor_key(model, site.like)}" not in state_dict:
         return  # not this block's weights: a lenient load of a part
     factor = layer.identity_init_()
     for path in site.scales:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .branches import lookup
+from .branches import lookup, tensor_near
 from .checkpoint import LoadGuard
 from .families import FAMILIES
 from .fused import fuse_blocks_
@@ -181,7 +181,7 @@ def _checked_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) ->
 
 
 def _layer_for(model: nn.Module, spec: AttnSpec, site: Site) -> nn.Module:
-    like: Any = model.get_submodule(site.like).weight
+    like = tensor_near(model, site.like)
     kwargs = spec.kwargs_of(site.stage - 1)
     if site.replaces and not kwargs and get_attn(spec.attn_layer) is EcaLayer:
         kwargs = _size_of_replaced(model.get_submodule(site.path))
@@ -218,8 +218,9 @@ def _place_(model: nn.Module, site: Site, layer: nn.Module, gain: float) -> None
     if like_path == parent_path:
         _move_after_(parent, name, anchor)
     if site.gain is not None:
-        like: Any = model.get_submodule(site.like).weight
-        parent.register_buffer(site.gain.rpartition(".")[2], torch.full_like(like.detach().flatten()[0], gain))
+        like = tensor_near(model, site.like)
+        gain_of = torch.full((), gain, device=like.device, dtype=like.dtype)
+        parent.register_buffer(site.gain.rpartition(".")[2], gain_of)
 
 
 def _gates_by_block(sites: Sequence[Site]) -> dict[str, tuple[Gate, ...]]:
