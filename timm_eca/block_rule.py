@@ -58,5 +58,13 @@ def cell(part: str, parts: int) -> tuple[BlockRule]:
 
 
 def rule_key(cls: type) -> str:
-    """Return the key of a class in the table of blocks."""
-    return f"{cls.__module__.rpartition('.')[2]}:{cls.__name__}"
+    """Return the key of a class in the table of blocks: that of the class whose forward it has, empty for others'.
+
+    A class of another package may share its name, and even its module's, with one of timm's; a subclass of timm's that
+    keeps the forward is the same block.
+    """
+    for base in cls.__mro__:
+        if base.__module__.startswith(("timm.", "torch.nn.")):
+            inherited = getattr(cls, "forward", None) is getattr(base, "forward", None)
+            return f"{base.__module__.rpartition('.')[2]}:{base.__name__}" if inherited else ""
+    return ""
