@@ -7,7 +7,8 @@ from torch import nn
 
 from .checkpoint import LoadGuard
 from .inject import guard_, inject_
-from .making import build_layer, shapes_of
+from .layers.registry import get_attn
+from .making import accepted_args, build_layer, shapes_of
 from .placement import placed_site
 from .spec import AttnSpec
 
@@ -37,17 +38,24 @@ class ConstructorWithAttn(Generic[_ModelT]):
 
 
 class ConstructorByTimm(ConstructorWithAttn[_ModelT]):
-    """A stand-in for a model class whose own configuration has `attn_layer`: timm's constructor places the layers."""
+    """A stand-in for a model class whose own configuration has `attn_layer`: timm's constructor places the layers.
 
-    def __call__(self, *args: Any, **kwargs: Any) -> _ModelT:
+    Arguments that the configuration has for its own layer stay, as timm has it, unless others are given; those that
+    the new layer does not take go.
+    """
+
+    def __call__(self, *args: Any, attn_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> _ModelT:
+        asked = {} if attn_kwargs is None else {"attn_kwargs": attn_kwargs}
         made: dict[nn.Module, int] = {}
 
         def make(channels: int, device: Any = None, dtype: Any = None, **layer_kwargs: Any) -> nn.Module:
-            layer = build_layer(self.spec, channels, layer_kwargs, device, dtype)
+            fitting = accepted_args(get_attn(self.spec.attn_layer), layer_kwargs)
+            given = {name: layer_kwargs[name] for name in self.spec.kwargs_of(0) if name in layer_kwargs}
+            layer = build_layer(self.spec, channels, fitting | given, device, dtype)
             made[layer] = channels
             return layer
 
-        model = self.model_cls(*args, **kwargs, attn_layer=make, attn_kwargs=self.spec.kwargs_of(0))
+        model = self.model_cls(*args, **kwargs, attn_layer=make, **asked)
         sites = tuple(placed_site(model, path, made[m]) for path, m in model.named_modules() if m in made)
         if not sites:  # some configurations have the argument and no block that heeds it
             return super().__call__(*args, **kwargs)

@@ -11,7 +11,7 @@ from torch import nn
 from .layers.registry import AttnLayer, get_attn
 from .spec import AttnSpec
 
-__all__ = ["build_layer", "check_layer_args", "shapes_of"]
+__all__ = ["accepted_args", "build_layer", "check_layer_args", "shapes_of"]
 
 
 def _signature(layer: AttnLayer) -> inspect.Signature:
@@ -33,6 +33,13 @@ def check_layer_args(spec: AttnSpec, channels: int, kwargs: dict[str, Any]) -> N
         ) from None
 
 
+def accepted_args(layer: AttnLayer, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the arguments whose names a layer takes."""
+    known = _signature(layer).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    return {name: value for name, value in kwargs.items() if takes_any or name in known}
+
+
 def build_layer(spec: AttnSpec, channels: int, kwargs: dict[str, Any], device: Any, dtype: Any) -> nn.Module:
     """Return a layer on a device, of a data type, whether it takes these two as arguments or not.
 
@@ -42,9 +49,7 @@ def build_layer(spec: AttnSpec, channels: int, kwargs: dict[str, Any], device: A
     check_layer_args(spec, channels, kwargs)
     factory = get_attn(spec.attn_layer)
     placed = {name: value for name, value in {"device": device, "dtype": dtype}.items() if value is not None}
-    known = _signature(factory).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    layer = factory(channels, **{k: v for k, v in placed.items() if takes_any or k in known} | kwargs)
+    layer = factory(channels, **accepted_args(factory, placed) | kwargs)
     if not isinstance(layer, nn.Module):
         raise ValueError(f"Attention layer {spec.name!r} must make a torch.nn.Module, it made {layer!r}.")
     return layer.to(**placed) if placed else layer

@@ -6,6 +6,7 @@ puts every reference back and takes the entrypoints out of timm's registry.
 """
 
 import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -67,7 +68,9 @@ def _get_attn(attn_type: Any) -> Any:
 @_hook(_timm_build_model_with_cfg)
 def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, *args, **kwargs):
     asked = {name: kwargs[name] for name in (*ATTN_ARGS, "fused") if kwargs.get(name) is not None}
-    if _names_self_attention(variant, model_cls, asked, kwargs.get("cfg")):
+    kept = ("attn_layer", *asked)  # attn_layer=None says something to a constructor that knows it
+    kwargs = {name: value for name, value in kwargs.items() if name in kept or name not in (*ATTN_ARGS, "fused")}
+    if _names_self_attention(variant, model_cls, asked, kwargs.get("cfg")) or _left_to_constructor(model_cls, asked):
         return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in (*ATTN_ARGS, "fused")}
     if not asked:
@@ -75,6 +78,8 @@ def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pre
     fused = asked.pop("fused", True)
     spec = _spec(asked)
     by_timm = _placed_by_timm(variant, model_cls, spec, asked)
+    if by_timm and "attn_kwargs" in asked:
+        kwargs["attn_kwargs"] = asked["attn_kwargs"]
     if kwargs.pop("pruned", False):
         model_cls = _pruned_first(model_cls, variant)
     construct = (ConstructorByTimm if by_timm else ConstructorWithAttn)(model_cls, spec, variant)
@@ -110,7 +115,7 @@ class _Watched:
 
 def _names_self_attention(variant: str, model_cls: Any, asked: dict[str, Any], cfg: Any) -> bool:
     """Whether `attn_layer` names a model's self-attention, which this package leaves alone."""
-    if not (isinstance(model_cls, type) and issubclass(model_cls, (VisionTransformer, NaFlexVit))):
+    if not _is_transformer(model_cls):
         return False
     if _is_registered(getattr(cfg, "attn_layer", None)):
         raise ValueError(
@@ -118,6 +123,24 @@ def _names_self_attention(variant: str, model_cls: Any, asked: dict[str, Any], c
             f" the self-attention, got {cfg.attn_layer!r}. Models that take it: {', '.join(EXAMPLES)}."
         )
     return not asked or (set(asked) == {"attn_layer"} and not _is_registered(asked["attn_layer"]))
+
+
+def _is_transformer(model_cls: Any) -> bool:
+    return isinstance(model_cls, type) and issubclass(model_cls, (VisionTransformer, NaFlexVit))
+
+
+def _left_to_constructor(model_cls: Any, asked: dict[str, Any]) -> bool:
+    """Whether a model's own constructor is to do with its attention arguments what it did before this package came.
+
+    timm's own have them for the layer of their configuration too; what those of others mean by theirs is up to them.
+    """
+    if not asked.keys() <= {"attn_layer", "attn_kwargs"}:
+        return False
+    if placed_by_timm(model_cls):
+        return not asked.get("attn_layer")
+    if _is_transformer(model_cls) or model_cls.__module__.startswith("timm."):
+        return False
+    return "attn_layer" in inspect.signature(model_cls).parameters
 
 
 def _is_registered(layer: Any) -> bool:

@@ -7,7 +7,7 @@ https://arxiv.org/abs/1910.03151. Reference code: https://github.com/BangguWu/EC
 import math
 
 import torch
-from timm.layers import LayerType, create_act_layer
+from timm.layers import EcaModule, LayerType, create_act_layer
 from torch import nn
 
 from .checks import odd_kernel_size, positive_int
@@ -77,11 +77,12 @@ class EcaLayer(nn.Module):
         gamma: Slope of the adaptive kernel size, Eq. 12.
         beta: Offset of the adaptive kernel size, Eq. 12.
         gate_layer: Gate applied to the convolved channel descriptor.
-        act_layer: Unused, accepted because timm passes it to every layer in this place.
+        act_layer: Unused without use_mlp, accepted because timm passes it to every layer in this place.
         rd_ratio: Unused, as act_layer: ECA reduces no dimensions.
         rd_channels: Unused, as rd_ratio.
         rd_divisor: Unused, as rd_ratio.
         bias: Unused, as act_layer: ECA has no bias.
+        use_mlp: Make timm's `EcaModule` instead, with its two convolutions; needs channels and sizes itself by them.
         device: Device of the weights.
         dtype: Data type of the weights.
 
@@ -101,13 +102,19 @@ class EcaLayer(nn.Module):
         beta: float = 1,
         gate_layer: LayerType = "sigmoid",
         act_layer: LayerType | None = None,
-        rd_ratio: float | None = None,
+        rd_ratio: float = 1 / 8,
         rd_channels: int | None = None,
-        rd_divisor: int | None = None,
+        rd_divisor: int = 8,
         bias: bool = False,
+        use_mlp: bool = False,
         device=None,
         dtype=None,
     ):
+        if use_mlp:  # what timm's name makes of the argument; as another class, nothing takes it for the paper's layer
+            self.__class__ = EcaModule  # type: ignore[assignment]
+            args = (gamma, beta, act_layer, gate_layer, rd_ratio, rd_channels, rd_divisor, True, device, dtype)
+            EcaModule.__init__(self, positive_int("channels", channels), 3, *args)  # type: ignore[arg-type]
+            return
         super().__init__()
         if channels is not None:
             channels = positive_int("channels", channels)
