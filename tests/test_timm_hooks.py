@@ -315,6 +315,30 @@ class TestInstall:
             "assert snapshot() == before\n"
         )
 
+    @pytest.mark.parametrize("first", ["import timm_eca\n", ""], ids=["wrapped after", "wrapped before"])
+    def test_wrappers_of_callers(self, run_python, first):
+        """They are called, the doors are open in all other modules, and `uninstall` gives them back."""
+        run_python(
+            f"import functools, timm, timm.layers, timm.models\n{first}"
+            "called = []\n"
+            "def wrapped(f):\n"
+            "    return functools.wraps(f)(lambda *a, **k: called.append(f.__name__) or f(*a, **k))\n"
+            "timm.models.build_model_with_cfg = build = wrapped(timm.models.build_model_with_cfg)\n"
+            "timm.layers.get_attn = get = wrapped(timm.layers.get_attn)\n"
+            "import timm_eca\n"
+            "called.clear()\n"
+            "assert timm_eca.installed()\n"
+            "assert timm.create_model('eca_resnet18', device='meta').attn_spec.name == 'eca'\n"
+            "assert type(timm.layers.create_attn('se_paper', 64)).__name__ == 'SePaper'\n"
+            "assert timm.layers.get_attn('se_paper').__name__ == 'SePaper'\n"
+            "arguments = {'attn_layer': 'eca', 'block': timm.models.resnet.BasicBlock, 'layers': (1, 1, 1, 1)}\n"
+            "model = timm.models.build_model_with_cfg(timm.models.ResNet, 'resnet18', False, **arguments)\n"
+            "assert len(model.attn_sites) == 4 and 'build_model_with_cfg' in called\n"
+            "timm_eca.uninstall()\n"
+            "assert (timm.models.build_model_with_cfg, timm.layers.get_attn) == (build, get)\n"
+            "assert not timm_eca.installed()\n"
+        )
+
     def test_models_without_attention_are_untouched(self):
         model = timm.create_model("resnet18", device="meta")
         assert not hasattr(model, "attn_spec")

@@ -1,8 +1,9 @@
 """The doors into timm: attention by name, `attn_layer=` on any backbone, and this package's entrypoints.
 
 The only file that touches timm's internals. timm's modules hold `get_attn` and `build_model_with_cfg` by name, each
-its own reference, so a door is opened by rebinding the name in every module of timm that holds it. `uninstall`
-puts every reference back and takes the entrypoints out of timm's registry.
+its own reference, so a door is opened by rebinding the name in every module of timm that holds it, to a hook of what
+it held: a caller's wrapper there is still called. `uninstall` puts every reference back and takes the entrypoints out
+of timm's registry.
 """
 
 import functools
@@ -33,48 +34,63 @@ from .spec import ATTN_ARGS, AttnSpec
 __all__ = ["install", "installed", "save_config_for_hf", "uninstall"]
 
 
+def _is_hook(function: Callable[..., Any]) -> bool:
+    """Whether a function is a hook, of this import or an earlier one; a wrapper of one has its attributes too."""
+    hooked = getattr(function, "timm_eca_hooks", None)
+    return hooked is not None and getattr(function, "__wrapped__", None) is hooked
+
+
 def _unhooked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return timm's own function, also where an earlier import of this module left its hook in place."""
-    while hasattr(function, "timm_eca_hooks"):
-        function = function.timm_eca_hooks
+    """Return what a reference held before it was hooked, by this import or an earlier one."""
+    while _is_hook(function):
+        function = vars(function)["timm_eca_hooks"]
     return function
 
 
-_timm_get_attn = _unhooked(timm.layers.get_attn)
-_timm_build_model_with_cfg = _unhooked(timm.models.build_model_with_cfg)
+def _hook(body: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what makes of a function its hook: the body, given that function first. One function has one hook."""
+
+    @functools.cache
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def hook(*args: Any, **kwargs: Any) -> Any:
+            return body(original, *args, **kwargs)
+
+        vars(hook)["timm_eca_hooks"] = original
+        return hook
+
+    return make
 
 
-def _hook(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def decorate(function):
-        function = functools.wraps(original)(function)
-        function.timm_eca_hooks = original
-        return function
-
-    return decorate
-
-
-@_hook(_timm_get_attn)
-def _get_attn(attn_type: Any) -> Any:
+@_hook
+def _get_attn(original: Callable[..., Any], attn_type: Any) -> Any:
     if not isinstance(attn_type, str) or not attn_type:
-        return _timm_get_attn(attn_type)
+        return original(attn_type)
     if attn_type.lower() in attn_registry.list_attns():
         return attn_registry.get_attn(attn_type)
     try:
-        return _timm_get_attn(attn_type)
+        return original(attn_type)
     except AssertionError:
         raise attn_registry.unknown_attn(attn_type) from None
 
 
-@_hook(_timm_build_model_with_cfg)
-def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, *args, **kwargs):
+@_hook
+def _build_model_with_cfg(
+    original: Callable[..., Any],
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> nn.Module:
     asked = {name: kwargs[name] for name in (*ATTN_ARGS, "fused") if kwargs.get(name) is not None}
     kept = ("attn_layer", *asked)  # attn_layer=None says something to a constructor that knows it
     kwargs = {name: value for name, value in kwargs.items() if name in kept or name not in (*ATTN_ARGS, "fused")}
     if _names_self_attention(variant, model_cls, asked, kwargs.get("cfg")) or _left_to_constructor(model_cls, asked):
-        return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
+        return original(model_cls, variant, pretrained, *args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in (*ATTN_ARGS, "fused")}
     if not asked:
-        return _timm_build_model_with_cfg(model_cls, variant, pretrained, *args, **kwargs)
+        return original(model_cls, variant, pretrained, *args, **kwargs)
     fused = asked.pop("fused", True)
     spec = _spec(asked)
     by_timm = _placed_by_timm(variant, model_cls, spec, asked)
@@ -84,7 +100,7 @@ def _build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pre
         model_cls = _pruned_first(model_cls, variant)
     construct = (ConstructorByTimm if by_timm else ConstructorWithAttn)(model_cls, spec, variant)
     watched = _Watched(construct)
-    model = _timm_build_model_with_cfg(watched, variant, pretrained, *args, **kwargs)
+    model = original(watched, variant, pretrained, *args, **kwargs)
     watched.hook.remove()
     inner: Any = construct.model
     # Whether the model reads foreign weights by itself, past the guard on loading, its cfg alone does not tell:
@@ -175,26 +191,27 @@ def _pruned_first(model_cls: Callable[..., nn.Module], variant: str) -> Callable
     return lambda *args, **kwargs: adapt_model_from_file(model_cls(*args, **kwargs), variant)
 
 
-_HOOKS = {"get_attn": _get_attn, "build_model_with_cfg": _build_model_with_cfg}
+_HOOKS = {
+    "get_attn": ("timm.layers.create_attn", _get_attn),
+    "build_model_with_cfg": ("timm.models._builder", _build_model_with_cfg),
+}
+"""Names of timm's functions: the module that defines each, and what makes its hook."""
 
 
-def _timm_modules() -> Iterator[ModuleType]:
-    return (m for name, m in list(sys.modules.items()) if m is not None and name.partition(".")[0] == "timm")
-
-
-def _rebind(name: str, function: Callable[..., Any]) -> None:
-    """Make every reference of timm's modules to a function, hooked or not, refer to the one given."""
-    original = _unhooked(function)
-    for module in _timm_modules():
+def _references(name: str) -> Iterator[tuple[ModuleType, Callable[..., Any]]]:
+    """Every module of timm that holds a function, with what it holds: that, its hook, or a caller's wrapper of it."""
+    defined = inspect.unwrap(getattr(sys.modules[_HOOKS[name][0]], name))
+    for module in [m for path, m in list(sys.modules.items()) if m is not None and path.partition(".")[0] == "timm"]:
         held = vars(module).get(name)
-        if callable(held) and _unhooked(held) is original:
-            setattr(module, name, function)
+        if callable(held) and inspect.unwrap(held) is defined:
+            yield module, held
 
 
 def install() -> None:
     """Open the doors; importing the package does. Calling it again changes nothing."""
-    for name, function in _HOOKS.items():
-        _rebind(name, function)
+    for name, (_, hook) in _HOOKS.items():
+        for module, held in _references(name):
+            setattr(module, name, hook(_unhooked(held)))
     for entrypoint in ENTRYPOINTS:
         _register(entrypoint)
 
@@ -204,15 +221,17 @@ def uninstall() -> None:
 
     Models built before keep working. The package's own functions (`add_attn_`, `get_attn`, ...) work without doors.
     """
-    for name, function in _HOOKS.items():
-        _rebind(name, _unhooked(function))
+    for name in _HOOKS:
+        for module, held in _references(name):
+            setattr(module, name, _unhooked(held))
     for entrypoint in ENTRYPOINTS:
         _unregister(entrypoint.__name__)
 
 
 def installed() -> bool:
     """Whether the doors are open."""
-    return timm.layers.get_attn is _get_attn
+    held = sys.modules["timm.layers.create_attn"].get_attn
+    return held is _get_attn(_unhooked(held))
 
 
 def _register(entrypoint: Callable[..., nn.Module]) -> None:
