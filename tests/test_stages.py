@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from family_names import NAMES, WithoutValues, image, new
-from timm_eca import EcaLayer, attn_modules
+from timm_eca import EcaLayer, attn_modules, plan_attn
 
 # Features that are taken before the end of their stage, or after further layers: not the tensor that the layer gives.
 # Also those of plain convolutions before the first block, which are a stem's whatever they are called.
@@ -92,3 +92,35 @@ def test_a_stage_without_a_single_tensor():
         timm.create_model(
             "hrnet_w18_small", features_only=True, feature_location="", attn_layer="eca", attn_where="stage"
         )
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "rexnet_100", "ghostnet_050"])
+def test_a_network_for_features_has_the_numbers_of_its_model(name):
+    model = timm.create_model(name, device="meta")
+    features = timm.create_model(name, features_only=True, device="meta")
+    numbers = {site.path.replace(".", "_"): site.stage for site in plan_attn(model, attn_where="add")}
+    for site in plan_attn(features, attn_where="add"):
+        assert site.stage == numbers[site.path.replace(".", "_")]
+
+
+def test_all_stages_of_a_network_for_features():
+    sites = plan_attn(timm.create_model("convnext_atto", features_only=True, device="meta"), attn_where="stage")
+    assert {site.path.split(".")[0]: site.stage for site in sites} == {f"stages_{i}": i + 1 for i in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lcnetv2_base", {"stem": {1}, "stages": {1, 2, 3, 4}}),
+        ("lowformer_e2", {"stem": {1}, "stages": {1, 2, 3, 4}}),
+        ("mobilenetv5_300m", {"blocks": {1, 2, 3, 4}, "msfa": {4}}),
+        ("nasnetalarge", {f"cell_{i}": {i + 1} for i in range(18)} | {"cell_stem_1": {1}, "reduction_cell_0": {7}}),
+        ("pnasnet5large", {f"cell_{i}": {i + 1} for i in range(12)} | {"cell_stem_0": {1}}),
+        ("dpn48b", {"features": {2, 3, 4, 5}}),
+    ],
+)
+def test_numbers_from_names(name, expected):
+    numbers = {}
+    for site in plan_attn(timm.create_model(name, device="meta"), attn_where="end"):
+        numbers.setdefault(site.path.split(".")[0], set()).add(site.stage)
+    assert {part: numbers[part] for part in expected} == expected

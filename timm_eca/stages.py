@@ -19,7 +19,11 @@ from .sites import Site, family_of
 
 __all__ = ["numbered", "stage_number", "stage_sites"]
 
-STAGE_NUMBERS = {"inception_resnet_v2": {"repeat": 1, "repeat_1": 2, "repeat_2": 3, "block8": 3}}
+STAGE_NUMBERS = {
+    "inception_resnet_v2": {"repeat": 1, "repeat_1": 2, "repeat_2": 3, "block8": 3},
+    "mobilenetv5": {"msfa": 4},  # joins the last stages
+    "nasnet": {"reduction_cell_0": 7, "reduction_cell_1": 13},  # each leads to the cell of that number
+}
 """Numbers of stages whose names do not tell, by module and name."""
 
 BY_CONTAINER = frozenset(("vgg",))
@@ -167,11 +171,19 @@ def numbered(path: str) -> int | None:
 
 
 def stage_number(model: nn.Module, path: str) -> int:
-    """Number a block's stage by its path: `layer1`, `blocks.0` and `stages.0` are the first."""
+    """Number a block's stage by its path: `layer1`, `blocks.0` and `stages.0` are the first, and a stem is of that.
+
+    A name with `_0` among its siblings counts from zero: NASNet's `cell_0`, and `stages_0` of a network for features.
+    """
     parts = path.split(".")
     named = STAGE_NUMBERS.get(family_of(model), {}).get(parts[0])
     index = numbered(path)
     if named is not None or index is None:
         return named or 1
-    number = int(re.findall(r"\d+", parts[index])[0])
-    return number + 1 if parts[index].isdigit() else max(number, 1)
+    *parents, name = parts[: index + 1]
+    if "stem" in re.split("[._]", ".".join((*parents, name))):
+        return 1
+    last = re.fullmatch(r"(|.*_)(\d+)", name)
+    if last and (last[1] == "" or hasattr(model.get_submodule(".".join(parents)), f"{last[1]}0")):
+        return int(last[2]) + 1
+    return max(int(re.findall(r"\d+", name)[0]), 1)
