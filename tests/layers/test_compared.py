@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from timm_eca import get_attn
+from timm_eca.layers.gsop import covariance
 
 COMPARED = ("a2", "aa", "da", "eca_spatial", "ge_theta_plus", "gsop", "nl_paper", "scse")
 
@@ -275,3 +276,21 @@ def test_script_of_a_fixed_size(name):
 def test_device_and_dtype(name):
     layer = get_attn(name)(64, device="meta", dtype=torch.bfloat16)
     assert all(p.is_meta and p.dtype is torch.bfloat16 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", ["a2", "aa", "da", "eca_spatial", "ge_theta_plus", "scse"])
+def test_empty_batch(name):
+    assert get_attn(name)(16).eval()(torch.randn(0, 16, 8, 8)).shape == (0, 16, 8, 8)
+
+
+def test_gsop_in_float16():
+    """The sum over positions does not fit float16, their mean does."""
+    x = 10 * torch.randn(1, 4, 128, 128, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(covariance(x.half()).float(), covariance(x), rtol=0.01, atol=0.2)
+
+
+@pytest.mark.parametrize("feat_size", [7, (7,), (7, 0), (7.0, 7.0)])
+@pytest.mark.parametrize("name", ["aa", "ge_theta_plus"])
+def test_refuses_size(name, feat_size):
+    with pytest.raises(ValueError, match="feat_size must be a height and a width"):
+        get_attn(name)(16, feat_size=feat_size)

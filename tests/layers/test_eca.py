@@ -91,10 +91,16 @@ class TestConstruction:
         with pytest.raises(ValueError, match=r"needs channels .* or kernel_size, got neither"):
             EcaLayer()
 
-    @pytest.mark.parametrize("gate_layer", ["sigmiod", None])
+    @pytest.mark.parametrize("gate_layer", ["sigmiod", None, "", 3, nn.Sigmoid()])
     def test_refuses_gate(self, gate_layer):
         with pytest.raises(ValueError, match="gate_layer must be the name of a timm activation"):
             EcaLayer(64, gate_layer=gate_layer)
+
+    @pytest.mark.parametrize("value", ["2", None, float("nan"), float("inf"), True])
+    @pytest.mark.parametrize("name", ["gamma", "beta"])
+    def test_refuses_numbers_of_the_formula(self, name, value):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number, got {value!r}"):
+            EcaLayer(64, **{name: value})
 
     def test_takes_what_timm_passes(self):
         layer = EcaLayer(64, act_layer=nn.ReLU, rd_ratio=0.25, rd_channels=16, rd_divisor=8, bias=False)

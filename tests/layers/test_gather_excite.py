@@ -11,6 +11,7 @@ from timm_eca.layers.gather_excite import GatherExcite
 
 ARGUMENTS = [
     {},
+    {"add_maxpool": True},
     {"extent": 4, "add_maxpool": True},
     {"extra_params": True, "extent": 4, "rd_channels": 3},
     {"extra_params": True, "extent": 2, "norm_layer": None, "use_mlp": False},
@@ -36,6 +37,7 @@ def test_is_timms(kwargs):
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 32, 8, 6)
     assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(torch.jit.script(ours)(x), theirs(x))
 
 
 def test_by_name():
@@ -51,7 +53,10 @@ def test_by_name():
     [
         ({"extent": 3}, "extent must be 0 .* or a power of two from 2 on, got 3"),
         ({"extent": -2}, "extent must be 0 .* got -2"),
+        ({"extent": 2.0}, "extent must be 0 .* got 2.0"),
         ({"extra_params": True}, "needs feat_size"),
+        ({"act_layer": "nonsense"}, "act_layer must be the name of a timm activation .* got 'nonsense'"),
+        ({"gate_layer": "nonsense"}, "gate_layer must be the name of a timm activation .* got 'nonsense'"),
     ],
 )
 def test_refusals(kwargs, message):

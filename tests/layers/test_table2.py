@@ -29,7 +29,7 @@ FORMULAS = {
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize("channels", WIDTHS)
 def test_parameters(name, channels):
-    layer = get_attn(name)(channels) if name == "se_var1" else get_attn(name)(channels, device="meta")
+    layer = get_attn(name)(channels, device="meta")
     assert sum(p.numel() for p in layer.parameters()) == FORMULAS[name](channels)
 
 
@@ -183,3 +183,8 @@ def test_in_a_model_and_in_create_attn(name):
     assert added == 2 * sum(one.values())
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_refuses_activation():
+    with pytest.raises(ValueError, match="inner_act_layer must be the name of a timm activation"):
+        get_attn("eca2")(64, inner_act_layer="nonsense")

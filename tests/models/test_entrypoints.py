@@ -202,3 +202,23 @@ class TestKeys:
     def test_timms_weights_load_here(self):
         theirs = timm.create_model("resnet26", block_args={"attn_layer": EcaModule})
         timm_eca.add_attn_(timm.create_model("resnet26")).load_state_dict(theirs.state_dict())
+
+
+class TestOncePerStage:
+    """Under attn_where='stage' the stages that count are timm's feature stages."""
+
+    def test_sizes_of_other_stages(self):
+        with pytest.raises(ValueError, match=r"kernel_sizes of eca_mobilenetv2_050 are for the stages 1 to 7 of its"):
+            timm.create_model("eca_mobilenetv2_050", attn_where="stage", device="meta")
+
+    @pytest.mark.parametrize(
+        ("name", "asked", "count"),
+        [
+            ("eca_mobilenetv2_050", {"kernel_sizes": 5}, 5),
+            ("eca_inception_v3", {}, 3),
+            ("eca_resnet50", {}, 4),
+        ],
+    )
+    def test_one_size(self, name, asked, count):
+        model = timm.create_model(name, attn_where="stage", device="meta", **asked)
+        assert len(model.attn_sites) == count

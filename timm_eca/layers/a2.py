@@ -46,4 +46,4 @@ class DoubleAttn(nn.Module):
         gather = self.theta(x).flatten(2).softmax(-1)  # (B, n, N)
         distribute = self.rho(x).flatten(2).softmax(1)  # (B, n, N)
         z = torch.bmm(torch.bmm(features, gather.transpose(1, 2)), distribute)
-        return x + self.expand(z.reshape(x.shape[0], -1, x.shape[2], x.shape[3]))
+        return x + self.expand(z.unflatten(2, (x.shape[2], x.shape[3])))

@@ -6,7 +6,7 @@ Paper: Attention Augmented Convolutional Networks, ICCV 2019, https://arxiv.org/
 import torch
 from torch import nn
 
-from .checks import odd_kernel_size, positive_int
+from .checks import odd_kernel_size, positive_int, size_of_map
 from .registry import register_attn
 
 __all__ = ["AttnAugmentedConv2d"]
@@ -69,7 +69,7 @@ class AttnAugmentedConv2d(nn.Module):
         self.num_heads = heads
         self.key_dim = max(int(key_ratio * out_channels) // heads, positive_int("min_key_dim", min_key_dim))
         self.widths = (heads * self.key_dim, heads * self.key_dim, value_dim)
-        self.feat_size = None if feat_size is None else tuple(feat_size)
+        self.feat_size = None if feat_size is None else size_of_map("feat_size", feat_size)
         self.conv = nn.Conv2d(channels, out_channels - value_dim, k, stride, k // 2, bias=False, **placed)
         self.pool = nn.AvgPool2d(k, stride, k // 2) if stride > 1 else nn.Identity()
         self.qkv = nn.Conv2d(channels, sum(self.widths), 1, bias=False, **placed)
@@ -84,14 +84,14 @@ class AttnAugmentedConv2d(nn.Module):
         """Return the heads' outputs, concatenated: (B, channels, H, W) -> (B, value width, H, W)."""
         batch, _, height, width = x.shape
         q, k, v = self.qkv(x).flatten(2).split(self.widths, 1)
-        q = q.reshape(batch, self.num_heads, -1, height * width).transpose(2, 3)
-        k = k.reshape(batch, self.num_heads, -1, height * width)
-        v = v.reshape(batch, self.num_heads, -1, height * width).transpose(2, 3)
+        q = q.unflatten(1, (self.num_heads, self.key_dim)).transpose(2, 3)
+        k = k.unflatten(1, (self.num_heads, self.key_dim))
+        v = v.unflatten(1, (self.num_heads, self.widths[2] // self.num_heads)).transpose(2, 3)
         logits = torch.matmul(q, k)
         if self.feat_size is not None:
             logits = logits + self._relative_logits(q, height, width)
         heads = torch.matmul((logits * self.key_dim**-0.5).softmax(-1), v)  # (B, heads, H W, value width / heads)
-        return heads.transpose(2, 3).reshape(batch, -1, height, width)
+        return heads.transpose(2, 3).reshape(batch, self.widths[2], height, width)
 
     def _relative_logits(self, q: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Return q_i . (r^W_{jx - ix} + r^H_{jy - iy}) for pairs i, j: (B, heads, N, key dim) -> (B, heads, N, N)."""

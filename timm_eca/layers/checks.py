@@ -1,8 +1,55 @@
 """Checks of the arguments that layers have in common."""
 
+import math
+import numbers
 import operator
+from typing import Any
 
-__all__ = ["odd_kernel_size", "positive_int", "reduced_channels"]
+from timm.layers import LayerType, get_act_layer
+from torch import nn
+
+__all__ = ["activation", "finite", "odd_kernel_size", "positive_int", "reduced_channels", "size_of_map"]
+
+
+def activation(name: str, value: LayerType) -> Any:
+    """Return the class, partial or function that makes an activation.
+
+    Raises:
+        ValueError: If it is neither that nor the name of one that timm has.
+    """
+    try:
+        found = get_act_layer(value)
+    except KeyError:
+        found = None
+    if not callable(found) or isinstance(found, nn.Module):
+        raise ValueError(
+            f"{name} must be the name of a timm activation ('sigmoid', 'hard_sigmoid', ...) or a module class,"
+            f" got {value!r}."
+        )
+    return found
+
+
+def finite(name: str, value: float) -> float:
+    """Return a number.
+
+    Raises:
+        ValueError: If it is none, or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    return value
+
+
+def size_of_map(name: str, value: object) -> tuple[int, int]:
+    """Return height and width.
+
+    Raises:
+        ValueError: If they are not two positive integers.
+    """
+    size = tuple(map(_int_or_zero, value)) if isinstance(value, (tuple, list)) else ()
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{name} must be a height and a width, such as (7, 7), got {value!r}.")
+    return size
 
 
 def positive_int(name: str, value: int) -> int:

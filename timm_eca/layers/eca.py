@@ -7,10 +7,10 @@ https://arxiv.org/abs/1910.03151. Reference code: https://github.com/BangguWu/EC
 import math
 
 import torch
-from timm.layers import EcaModule, LayerType, create_act_layer
+from timm.layers import EcaModule, LayerType
 from torch import nn
 
-from .checks import odd_kernel_size, positive_int
+from .checks import activation, finite, odd_kernel_size, positive_int
 from .registry import register_attn
 
 __all__ = ["EcaLayer", "adaptive_kernel_size", "chosen_kernel_size"]
@@ -29,10 +29,11 @@ def adaptive_kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> in
         beta: Offset of the mapping.
 
     Raises:
-        ValueError: If channels is not a positive integer or gamma is not above zero.
+        ValueError: If channels is not a positive integer, gamma or beta not a finite number, or gamma not above zero.
     """
     channels = positive_int("channels", channels)
-    if not gamma > 0:
+    beta = finite("beta", beta)
+    if not finite("gamma", gamma) > 0:
         raise ValueError(f"gamma must be above 0, got {gamma!r}.")
     t = int(abs((math.log2(channels) + beta) / gamma))
     return max(t if t % 2 else t + 1, 3)
@@ -49,19 +50,6 @@ def chosen_kernel_size(channels: int | None, kernel_size: int | None, gamma: flo
     if channels is None:
         raise ValueError("EcaLayer needs channels (for the adaptive kernel size) or kernel_size, got neither.")
     return adaptive_kernel_size(channels, gamma, beta)
-
-
-def _create_gate(gate_layer: LayerType) -> nn.Module:
-    try:
-        gate = create_act_layer(gate_layer)
-    except KeyError:
-        gate = None
-    if gate is None:
-        raise ValueError(
-            f"gate_layer must be the name of a timm activation ('sigmoid', 'hard_sigmoid', ...) or a module class,"
-            f" got {gate_layer!r}."
-        )
-    return gate
 
 
 @register_attn("eca")
@@ -120,7 +108,7 @@ class EcaLayer(nn.Module):
             channels = positive_int("channels", channels)
         kernel_size = chosen_kernel_size(channels, kernel_size, gamma, beta)
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype)
-        self.gate = _create_gate(gate_layer)
+        self.gate = activation("gate_layer", gate_layer)()
 
     def channel_weights(self, x: torch.Tensor) -> torch.Tensor:
         """Return the gates, one per sample and channel: (B, C, H, W) -> (B, C)."""

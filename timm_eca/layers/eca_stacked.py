@@ -5,11 +5,11 @@ there, further ones lost.
 """
 
 import torch
-from timm.layers import LayerType, create_act_layer
+from timm.layers import LayerType
 from torch import nn
 
 from .channel_gate import ChannelGate
-from .checks import positive_int
+from .checks import activation, positive_int
 from .eca import chosen_kernel_size
 
 __all__ = ["EcaStacked"]
@@ -29,7 +29,8 @@ class EcaStacked(ChannelGate):
         dtype: Data type of the weights.
 
     Raises:
-        ValueError: If channels or depth is not a positive integer, or kernel_size not an odd one.
+        ValueError: If channels or depth is not a positive integer, kernel_size not an odd one, or inner_act_layer
+            no activation.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class EcaStacked(ChannelGate):
         self.convs = nn.ModuleList(
             nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype) for _ in range(depth)
         )
-        self.act = nn.Identity() if inner_act_layer is None else create_act_layer(inner_act_layer)
+        self.act = nn.Identity() if inner_act_layer is None else activation("inner_act_layer", inner_act_layer)()
 
     def logits(self, y: torch.Tensor) -> torch.Tensor:
         y = y.unsqueeze(1)

@@ -2,16 +2,18 @@
 
 The constructor of timm 1.0.31 spreads `device` and `dtype` as positional arguments (`*dd` for `**dd`) and fails with
 its defaults, and with every choice of arguments that has weights. What it makes is otherwise as timm has it: the
-forward is timm's, and so are the names of the weights.
+names of the weights are timm's, and the forward computes what timm's does, in words that TorchScript knows.
 """
 
 import math
 from collections.abc import Callable
 
-from timm.layers import ConvMlp, create_conv2d, get_act_layer, make_divisible
+import torch
+from timm.layers import ConvMlp, create_conv2d, make_divisible
 from timm.layers import GatherExcite as TimmGatherExcite
 from torch import nn
 
+from .checks import activation as checked_activation
 from .registry import register_attn
 
 __all__ = ["GatherExcite"]
@@ -43,7 +45,8 @@ class GatherExcite(TimmGatherExcite):
         input (B, C, H, W), output (B, C, H, W).
 
     Raises:
-        ValueError: If the extent is neither 0 nor a power of two, or a learned global gather has no feat_size.
+        ValueError: If the extent is neither 0 nor a power of two, a learned global gather has no feat_size, or
+            act_layer or gate_layer is no activation.
     """
 
     def __init__(
@@ -64,9 +67,10 @@ class GatherExcite(TimmGatherExcite):
         dtype=None,
     ):
         _check(extent, extra_params, feat_size)
+        gate_layer = checked_activation("gate_layer", gate_layer)
         super().__init__(channels, extent=extent, use_mlp=False, add_maxpool=add_maxpool, gate_layer=gate_layer)
         placed = {"device": device, "dtype": dtype}
-        activation = get_act_layer(act_layer)
+        activation = checked_activation("act_layer", act_layer)
         gate = self.gate
         del self.mlp, self.gate  # registered anew in timm's order: the order of parameters is that of optimizer states
         if extra_params:
@@ -76,10 +80,30 @@ class GatherExcite(TimmGatherExcite):
         self.mlp = ConvMlp(channels, hidden, act_layer=activation, **placed) if use_mlp else nn.Identity()
         self.gate = gate
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.mlp(self._gathered(x))
+        if y.shape[2] != 1 or y.shape[3] != 1:
+            y = nn.functional.interpolate(y, size=x.shape[2:])
+        return x * self.gate(y)
+
+    def _gathered(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gather is not None:
+            return self.gather(x)
+        if self.extent == 0:
+            mean = x.mean((2, 3), keepdim=True)
+        else:
+            mean = nn.functional.avg_pool2d(x, self.gk, self.gs, self.gk // 2, count_include_pad=False)
+        return 0.5 * mean + 0.5 * self._largest(x) if self.add_maxpool else mean
+
+    def _largest(self, x: torch.Tensor) -> torch.Tensor:
+        if self.extent == 0:
+            return x.amax((2, 3), keepdim=True)
+        return nn.functional.max_pool2d(x, self.gk, self.gs, self.gk // 2)
+
 
 def _check(extent: int, extra_params: bool, feat_size: object) -> None:
-    if extent < 0 or extent & (extent - 1) or extent == 1:
-        raise ValueError(f"extent must be 0 (global) or a power of two from 2 on, got {extent}.")
+    if isinstance(extent, bool) or not isinstance(extent, int) or extent < 0 or extent & (extent - 1) or extent == 1:
+        raise ValueError(f"extent must be 0 (global) or a power of two from 2 on, got {extent!r}.")
     if extra_params and extent == 0 and feat_size is None:
         raise ValueError("extra_params=True with extent=0 needs feat_size, the height and width of the input.")
 

@@ -7,7 +7,7 @@ https://arxiv.org/abs/1810.12348, Section 3.3 and 4.
 import torch
 from torch import nn
 
-from .checks import positive_int, reduced_channels
+from .checks import positive_int, reduced_channels, size_of_map
 from .registry import register_attn
 
 __all__ = ["GeThetaPlus"]
@@ -56,7 +56,7 @@ class GeThetaPlus(nn.Module):
         super().__init__()
         channels, hidden = reduced_channels(channels, reduction)
         placed = {"device": device, "dtype": dtype}
-        self.feat_size = None if feat_size is None else tuple(feat_size)
+        self.feat_size = None if feat_size is None else size_of_map("feat_size", feat_size)
         self.gather = nn.Sequential()
         if self.feat_size is not None:
             self.gather.append(_depthwise(channels, self.feat_size, 1, 0, **placed))

@@ -16,7 +16,8 @@ __all__ = ["Gsop", "covariance"]
 def covariance(x: torch.Tensor) -> torch.Tensor:
     """Return the covariances of channels over positions, (B, C, H, W) -> (B, C, C), divided by H W."""
     centred = x.flatten(2) - x.mean((2, 3)).unsqueeze(-1)
-    return torch.bmm(centred, centred.transpose(1, 2)) / centred.shape[-1]
+    centred = centred / centred.shape[-1] ** 0.5  # before the sum over positions, which float16 could not hold
+    return torch.bmm(centred, centred.transpose(1, 2))
 
 
 @register_attn("gsop")

@@ -20,9 +20,11 @@ class SeVar1(ChannelGate):
 
     Args:
         channels: Number of channels C of the input.
+        device: Unused, as dtype, and accepted because timm passes both to every layer.
+        dtype: Unused.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, device=None, dtype=None):
         super().__init__()
         positive_int("channels", channels)
 

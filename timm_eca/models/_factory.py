@@ -12,6 +12,9 @@ from .released import TAG
 
 __all__ = ["KernelSizes", "create_eca", "eca_cfg"]
 
+FEATURE_STAGES = (1, 2, 3, 4)
+"""A ResNet's stages: the numbers of its blocks' stages, and under attn_where='stage' those of timm's features."""
+
 KernelSizes = str | int | Sequence[int]
 """'adaptive' (Eq. 12), one kernel size for all blocks, or one for each stage."""
 
@@ -71,6 +74,8 @@ def create_eca(
             f"attn_kwargs of {name} must be a dict without kernel_size, got {attn_kwargs!r}; use kernel_sizes."
         )
     sizes = _per_stage(preset if kernel_sizes is None else kernel_sizes, stages)
+    if kwargs.get("attn_where") == "stage" and tuple(stages) != FEATURE_STAGES:
+        sizes, stages = _for_all_stages(name, sizes, stages), (1,)
     of_stages: list[dict[str, Any]] = [{}] * (stages[0] - 1)
     of_stages += [{**(attn_kwargs or {}), "kernel_size": size} for size in sizes]
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
@@ -79,7 +84,7 @@ def create_eca(
         pretrained=pretrained,
         pretrained_cfg=checked_source(cfg, kwargs.get("cache_dir"), backbone, overlay) if pretrained else cfg,
         attn_layer="eca",
-        attn_kwargs=of_stages,
+        attn_kwargs=of_stages if len(of_stages) > 1 else of_stages[0],
         **kwargs,
     )
     model.attn_backbone = backbone
@@ -98,3 +103,13 @@ def _per_stage(kernel_sizes: KernelSizes, stages: Sequence[int]) -> list[int | N
         f"kernel_sizes must be 'adaptive', an odd number, or {len(stages)} odd numbers, one per stage"
         f" ({stages[0]} to {stages[-1]}), got {kernel_sizes!r}."
     )
+
+
+def _for_all_stages(name: str, sizes: list[int | None], stages: Sequence[int]) -> list[int | None]:
+    """Return the one size that all stages have, where the stages counted are others than the sizes are for."""
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"kernel_sizes of {name} are for the stages {stages[0]} to {stages[-1]} of its blocks, and"
+            f" attn_where='stage' counts others: give 'adaptive' or one odd number, got {tuple(sizes)}."
+        )
+    return sizes[:1]
