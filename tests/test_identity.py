@@ -6,6 +6,7 @@ import functools
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 from conftest import randomize_
@@ -69,6 +70,32 @@ class TestIdentity:
         ):
             add_attn_(model, attn_init="identity")
         assert list(model.named_modules()) == before
+
+    @pytest.mark.parametrize(
+        "norm",
+        [
+            nn.utils.parametrizations.weight_norm,
+            functools.partial(nn.utils.prune.random_unstructured, name="weight", amount=0.3),
+            pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning")),
+        ],
+        ids=["parametrized", "pruned", "weight_norm"],
+    )
+    @pytest.mark.parametrize("name", ["densenet121", "ghostnet_050"])
+    def test_weights_that_are_computed(self, name, norm, images):
+        """To scale them would be to scale what the next call computes anew."""
+        torch.manual_seed(0)
+        model = randomize_(timm.create_model(name)).eval()
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                norm(module)
+        with torch.no_grad():
+            expected, plain = model(images), {key: value.clone() for key, value in model.state_dict().items()}
+            add_attn_(model, "eca", attn_init="identity", attn_where="add")
+            assert torch.equal(model(images), expected)
+            for layer in attn_modules(model).values():
+                nn.init.normal_(layer.conv.weight)
+            model.load_state_dict(plain)
+            assert torch.equal(model(images), expected)
 
     def test_refuses_to_replace(self):
         with pytest.raises(

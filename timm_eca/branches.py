@@ -133,9 +133,21 @@ def has_scalable(block: nn.Module, rule: BlockRule, kept: str | None = None) -> 
     """Whether twice the scaling tensors give exactly twice the end of the branch."""
     if kept is not None and _first_weight(block, kept) is None:
         return False
-    tensors = [t for t in scaling_tensors(block, rule) if not t.startswith("/")]
+    every = scaling_tensors(block, rule, kept)
+    tensors = [t for t in every if not t.startswith("/")]
     owners = {t.rpartition(".")[0] for t in tensors}
-    return bool(tensors) and all(_is_scalable(block, rule, owner) for owner in owners)
+    return (
+        bool(tensors)
+        and all(_is_held(block, t.lstrip("/")) for t in every)
+        and all(_is_scalable(block, rule, owner) for owner in owners)
+    )
+
+
+def _is_held(block: nn.Module, path: str) -> bool:
+    """Whether a tensor is the module's own: what is written into one computed from others, by a weight norm, is lost."""
+    owner, _, name = path.rpartition(".")
+    module = block.get_submodule(owner)
+    return name in module._parameters or name in module._buffers
 
 
 def _is_scalable(block: nn.Module, rule: BlockRule, path: str) -> bool:
