@@ -108,6 +108,13 @@ class TestPlacement:
         assert kept == (had if where in ("add", "stage") else [])
         assert model(images).shape == (2, 1000)
 
+    @pytest.mark.parametrize("replaced", ["eca", "ecam", "ela", "strip", "se"])
+    def test_as_wide_as_what_it_replaces_takes(self, replaced, images):
+        """Also where the first convolution of that is not one over all channels."""
+        model = timm.create_model("efficientnet_b0", se_layer=replaced, attn_layer="se_paper").eval()
+        assert [site.channels for site in model.attn_sites][:3] == [32, 96, 144]
+        assert model(images).shape == (2, 1000)
+
     @pytest.mark.parametrize(("stages", "expected"), [((3, 4), {3, 4}), ([4, 4], {4}), (2, {2}), (None, {1, 2, 3, 4})])
     def test_stages(self, stages, expected):
         model = timm.create_model("seresnet18", attn_layer="eca", attn_stages=stages, device="meta")

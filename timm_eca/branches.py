@@ -1,5 +1,6 @@
 """What a block's weights tell: widths, and which tensors scale the end of its branch. Reads only."""
 
+import itertools
 from collections.abc import Iterator
 from functools import reduce
 
@@ -50,10 +51,7 @@ def output_channels(module: nn.Module, path: str) -> int:
     width = _width(found, "out_channels", "out_features", "num_features", "num_channels")
     if width is None and getattr(found, "weight", None) is not None:
         width = len(getattr(found, "weight"))  # noqa: B009
-    for before in module.modules() if width is None else ():
-        if before is found:
-            break
-        width = _width(before, "out_channels", "out_features") or width
+    width = _width_before(module, found) if width is None else width
     if width is None:
         raise ValueError(f"Nothing tells how wide {path} of {type(module).__name__} is: it has no weights.")
     return width
@@ -83,10 +81,21 @@ def tensor_near(model: nn.Module, path: str) -> torch.Tensor:
     return getattr(model.get_submodule(owner), name) if name else torch.empty(0)
 
 
-def squeeze_channels(module: nn.Module) -> int | None:
-    """Return the channels that a squeeze-and-excitation module takes, None if no convolution of it tells."""
+def _width_before(module: nn.Module, found: nn.Module) -> int | None:
+    """The output channels of the last convolution or linear layer before a child, in the order of registration."""
+    before = itertools.takewhile(lambda child: child is not found, module.modules())
+    widths = [_width(child, "out_channels", "out_features") for child in before]
+    return next((width for width in reversed(widths) if width is not None), None)
+
+
+def squeeze_channels(block: nn.Module, name: str) -> int | None:
+    """Return the channels that a squeeze-and-excitation module in a block takes, None if nothing tells.
+
+    Its first convolution tells; ECA and others have none over channels: they take what comes before them.
+    """
+    module = block.get_submodule(name)
     first = next((m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
-    return None if first is None else int(first.weight.shape[1])
+    return _width_before(block, module) if first is None else first.weight.shape[1] * getattr(first, "groups", 1)
 
 
 def scaling_tensors(block: nn.Module, rule: BlockRule, kept: str | None = None) -> list[str]:
@@ -144,7 +153,7 @@ def has_scalable(block: nn.Module, rule: BlockRule, kept: str | None = None) -> 
 
 
 def _is_held(block: nn.Module, path: str) -> bool:
-    """Whether a tensor is the module's own: what is written into one computed from others, by a weight norm, is lost."""
+    """Whether a tensor is the module's own: one computed from others, by a weight norm, loses what is written."""
     owner, _, name = path.rpartition(".")
     module = block.get_submodule(owner)
     return name in module._parameters or name in module._buffers

@@ -105,7 +105,7 @@ def _site_of_se(path: str, block: nn.Module, rule: BlockRule, stage: int, name: 
     return Site(
         path=f"{path}.{name}",
         stage=stage,
-        channels=squeeze_channels(module) or sum(output_channels(block, n) for n in rule.width),
+        channels=squeeze_channels(block, name) or sum(output_channels(block, n) for n in rule.width),
         like=f"{path}.{resolve(block, rule.width[0])}",
         replaces=type(module).__name__,
     )
