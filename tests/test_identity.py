@@ -97,6 +97,16 @@ class TestIdentity:
             model.load_state_dict(plain)
             assert torch.equal(model(images), expected)
 
+    @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050"])
+    def test_frozen_norms(self, name, images):
+        """Their weights are buffers, and scale the branch as ever."""
+        model = randomize_(timm.create_model(name)).eval()
+        timm.utils.freeze(model)
+        expected = model(images)
+        add_attn_(model, "eca", attn_init="identity")
+        assert all(site.scales for site in model.attn_sites)
+        assert torch.equal(model(images), expected)
+
     def test_refuses_to_replace(self):
         with pytest.raises(
             ValueError, match=r"layer1.0.se squeeze-and-excitation \(SEModule\) would go.*attn_where='add'"

@@ -166,6 +166,11 @@ class TestNormsWithoutWeights:
 
 
 class TestPlanAndAdd:
+    @pytest.mark.parametrize("function", [plan_attn, add_attn_])
+    def test_a_name_is_no_model(self, function):
+        with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, got 'resnet18'.*timm.create_model"):
+            function("resnet18")
+
     @pytest.mark.parametrize("name", BACKBONES)
     def test_plan_touches_nothing(self, name):
         model = timm.create_model(name)

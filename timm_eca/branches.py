@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from functools import reduce
 
 import torch
+from timm.layers import FrozenBatchNormAct2d
 from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .block_rule import BlockRule
 
@@ -134,7 +136,8 @@ def _first_weight(block: nn.Module, kept: str) -> str | None:
     return next((name for name in names if lookup(block, f"{kept}.{name}") is not None), None)
 
 
-_LINEAR = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.Conv2d, nn.Linear)
+_FROZEN = (FrozenBatchNorm2d, FrozenBatchNormAct2d)  # what timm.utils.freeze makes of norms: weights as buffers
+_LINEAR = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.Conv2d, nn.Linear, *_FROZEN)
 _HOMOGENEOUS = (nn.Identity, nn.ReLU, nn.LeakyReLU)
 
 

@@ -170,6 +170,10 @@ def _check_built(model: nn.Module, spec: AttnSpec) -> None:
 
 
 def _checked_sites(model: nn.Module, spec: AttnSpec, name: str | None = None) -> list[Site]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be a torch.nn.Module, got {model!r}. For a name: timm.create_model(..., attn_layer=)."
+        )
     if hasattr(model, "attn_spec"):
         raise ValueError(f"The model already carries attention: {model.attn_spec}. Start from one built without.")
     sites = find_sites(model, spec, name)
