@@ -379,3 +379,11 @@ class TestHubFormat:
             "attn_stages": [3, 4],
             "attn_init": "identity",
         }
+
+
+def test_round_trip_where_timms_own_layer_was_another():
+    """ecaresnet26t has ECA of other kernel sizes under the same keys: whose the weights are, their shapes tell."""
+    first, second = (timm.create_model("ecaresnet26t", attn_layer="eca", attn_kwargs={"kernel_size": 9}) for _ in "12")
+    second.load_state_dict(first.state_dict())
+    for path, layer in attn_modules(first).items():
+        assert torch.equal(layer.conv.weight, second.get_submodule(path).conv.weight)

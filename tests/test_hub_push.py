@@ -141,6 +141,20 @@ for name in names:
     assert list(server.files("lab/commit-always")) == [".gitattributes"]
 
 
+def test_a_pull_request_is_opened_once(server, client):
+    """Another try could open a second one: the answer was lost, not the request."""
+    server.fault("POST", "lab/net/commit", "reset")
+    found = client().run(
+        """
+attempt("reset", lambda: hub.push(net(1), "lab/net", create_pr=True), str)
+""",
+        HF_TOKEN=WRITER,
+    )
+    assert found["reset"][0] == "WeightsError"
+    assert server.repos["lab/net"].pulls <= 1
+    assert len([path for method, path, _ in server.log if method == "POST" and "/commit/" in path]) == 1
+
+
 def test_refused(server, client, folder):
     """The Hub's reason is shown, not only the client's heading."""
     statuses = (400, 401, 403, 404, 409, 412, 413, 416, 422, 429)

@@ -119,6 +119,7 @@ class TestPlacement:
     def test_stages(self, stages, expected):
         model = timm.create_model("seresnet18", attn_layer="eca", attn_stages=stages, device="meta")
         assert {s.stage for s in model.attn_sites} == expected
+        assert model.attn_spec.attn_stages is None or model.attn_spec.attn_stages == tuple(sorted(expected))
         for number in range(1, 5):
             kind = EcaLayer if number in expected else SEModule
             assert all(isinstance(b.se, kind) for b in getattr(model, f"layer{number}"))

@@ -245,6 +245,7 @@ def test_in_a_model_and_in_create_attn(name, backbone):
         ("ge_theta_plus", {"extent": 6}, "extent must be a power of two from 2 on, got 6"),
         ("ge_theta_plus", {"extent": 1}, "extent must be a power of two from 2 on, got 1"),
         ("aa", {"value_ratio": 1.0}, "value_ratio must leave channels to convolution"),
+        ("aa", {"key_ratio": -0.1}, "key_ratio"),
         ("aa", {"kernel_size": 2}, "kernel_size must be an odd positive integer"),
         ("scse", {"channels": "64"}, "channels must be a positive integer, got '64'"),
         ("da", {"channels": True}, "channels must be a positive integer, got True"),

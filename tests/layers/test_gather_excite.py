@@ -15,6 +15,7 @@ ARGUMENTS = [
     {"extent": 4, "add_maxpool": True},
     {"extra_params": True, "extent": 4, "rd_channels": 3},
     {"extra_params": True, "extent": 2, "norm_layer": None, "use_mlp": False},
+    {"rd_ratio": 0.3, "rd_divisor": 8},
     {"extra_params": True, "feat_size": (8, 6), "act_layer": "silu", "gate_layer": "hard_sigmoid"},
 ]
 
