@@ -177,7 +177,7 @@ attempt("card", lambda: hub.push(net(1), "lab/card", card="---\\ntags: [x]\\n---
     assert found["card"] == [
         "WeightsError",
         f"the upload of lab/card on {server.url}: ValueError: Invalid metadata in README.md."
-        " - no front matter with a license",
+        ' - "license" must be one of those that the Hub knows',
     ]
 
 
