@@ -1,5 +1,8 @@
 """Blocks that are changed after their first call compute as the plain path does from then on."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -100,3 +103,17 @@ def test_unfused_is_as_if_it_had_never_been_fused():
     with torch.no_grad():
         model(pixels(size=32, dtype=torch.float32))
     assert not [m for m in plain_twin(model).modules() if {"_parts", "_zero_kernel"} & m.__dict__.keys()]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_is_given_up_is_freed(training):
+    """At once, with its weights and maps, not when Python next looks for what refers to itself."""
+    model = small().train(training)
+    weights = [weakref.ref(p) for p in model.parameters()]
+    gc.disable()
+    try:
+        model(pixels(size=32, dtype=torch.float32)).sum().backward()
+        del model
+        assert not [ref for ref in weights if ref() is not None]
+    finally:
+        gc.enable()

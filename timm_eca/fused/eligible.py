@@ -64,6 +64,8 @@ def is_eca(layer: Any) -> bool:
 class Parts:
     """The modules of a block's tail, and what would tell that they are no longer what they were.
 
+    The block itself is not among them: it keeps this, and what keeps itself is freed only when Python looks for that.
+
     Attributes:
         adds: Whether the shortcut is added.
         conv: The convolution before the norm.
@@ -83,7 +85,7 @@ class Parts:
         children: Of modules that have any: the dictionary of their children, and who was in it.
         affines: The dictionaries of the norms' weights.
         synced: The norms whose statistics are all processes', if they are in training.
-        tail: The tail's modules, of which each may have hooks.
+        tail: The tail's modules in the block, of which each may have hooks.
         types: Their classes.
         inside: Those of the norms before, and what is beside them.
         attributes: The modules' own attributes; a forward among them is somebody's patch.
@@ -130,7 +132,7 @@ class Parts:
         for affine in self.affines:
             if len(affine) < 2:
                 return False
-        for attributes in self.attributes:
+        for attributes in (block.__dict__, *self.attributes):
             if "forward" in attributes:
                 return False
         if "channel_weights" in self.attention:
@@ -138,11 +140,11 @@ class Parts:
         for norm in self.synced:
             if norm.training:
                 return False
-        return RemovableHandle.next_id == self.handles or self._unheard()
+        return RemovableHandle.next_id == self.handles or self._unheard(block)
 
-    def _unheard(self) -> bool:
+    def _unheard(self, block: nn.Module) -> bool:
         """Look for hooks, after one was registered somewhere."""
-        if any(map(_has_hooks, self.tail)):
+        if _has_hooks(block) or any(map(_has_hooks, self.tail)):
             return False
         heard = any(map(_has_hooks, self.inside))
         self.norms = () if heard else self.inner
@@ -160,7 +162,7 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         return None
     last = _last_norm(downsample)
     shortcut = () if last is None else (downsample, last)
-    tail = [m for m in (block, conv, norm, attn, attn.conv, attn.gate, drop_path, act, *shortcut) if m is not None]
+    tail = [m for m in (conv, norm, attn, attn.conv, attn.gate, drop_path, act, *shortcut) if m is not None]
     tail += [child for m in (norm, last) if m is not None for child in m.children()]
     inner, inside = _inner_norms(block, rule)
     between = [m for m in (getattr(block, name) for name in rule.between) if m is not None]
@@ -183,7 +185,7 @@ def find_parts(block: Any, rule: TailRule) -> Parts | None:
         pools=may_pool(conv),
         sums=nothing and commutes(conv),
         inner=inner,
-        children=tuple((m._modules, [*m._modules.values()]) for m in (*tail, *inside) if m._modules),
+        children=tuple((m._modules, [*m._modules.values()]) for m in (block, *tail, *inside) if m._modules),
         affines=tuple(part.affine for part in norms),
         synced=tuple(part.module for part in norms if type(part.module) in _SYNC_NORMS),
         tail=tuple(tail),
