@@ -46,6 +46,15 @@ def threads(request):
 
 
 @pytest.fixture
+def _timm_without_doors():
+    import timm_eca
+
+    timm_eca.uninstall()
+    yield
+    timm_eca.install()
+
+
+@pytest.fixture
 def run_python(tmp_path):
     """Run code in a fresh interpreter, in an empty folder; its output is returned, a failure fails the test."""
 

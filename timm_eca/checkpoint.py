@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .branches import lookup, tensor_key
+from .errors import some
 from .sites import Site
 from .spec import AttnSpec
 from .wrappers import moved, moved_site
@@ -68,7 +69,7 @@ class LoadGuard:
         elif missing:
             raise ValueError(
                 f"The checkpoint has {len(own) - len(missing)} of {len(own)} attention weights and lacks"
-                f" {_some(missing)}. Accepted: all of them, or none (a plain backbone's checkpoint)."
+                f" {some(missing)}. Accepted: all of them, or none (a plain backbone's checkpoint)."
             )
 
     def _layer_tensors(self, model: nn.Module, prefix: str) -> StateDict:
@@ -92,7 +93,7 @@ class LoadGuard:
         dropped = [key for key, _ in found]
         for key in dropped:
             del state_dict[key]
-        _logger.info("Dropped %d weights of modules that attention replaced: %s.", len(dropped), _some(dropped))
+        _logger.info("Dropped %d weights of modules that attention replaced: %s.", len(dropped), some(dropped))
 
     def _reject_foreign(self, state_dict: StateDict, prefix: str) -> None:
         slots = tuple(f"{prefix}{slot}." for slot in self.empty_slots)
@@ -100,7 +101,7 @@ class LoadGuard:
         if foreign:
             raise ValueError(
                 f"The checkpoint has {len(foreign)} attention weights outside attn_stages={self.spec.attn_stages}:"
-                f" {_some(foreign)}."
+                f" {some(foreign)}."
             )
 
     def _complete_plain(self, model: nn.Module, state_dict: StateDict, prefix: str, assign: bool) -> None:
@@ -138,8 +139,3 @@ def _keep_identity(model: nn.Module, layer: Any, state_dict: StateDict, prefix: 
 
 def _has(state_dict: StateDict, key: str, shape: torch.Size) -> bool:
     return key in state_dict and state_dict[key].shape == shape
-
-
-def _some(keys: list[str], count: int = 4) -> str:
-    more = f" and {len(keys) - count} more" if len(keys) > count else ""
-    return ", ".join(keys[:count]) + more

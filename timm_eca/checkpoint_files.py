@@ -6,7 +6,6 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from timm.models import clean_state_dict
 
-__all__ = ["StateDict", "read_tensors", "some"]
+from .errors import some
+
+__all__ = ["StateDict", "read_tensors"]
 
 StateDict = dict[str, torch.Tensor]
 
@@ -110,10 +111,3 @@ def _state_dict(content: Any, path: Path, ema: bool) -> StateDict:
     if other:
         raise ValueError(f"{path} holds no state dict: {some(other)} is no tensor.")
     return found
-
-
-def some(items: Iterable[Any], separator: str = ", ", count: int = 4) -> str:
-    """Return the first few items in words, and how many more there are."""
-    names = [str(item) for item in items]
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return separator.join(names[:count]) + more

@@ -13,8 +13,10 @@ import timm
 import torch
 
 from . import hub
-from .checkpoint_files import StateDict, read_tensors, some
+from .checkpoint_files import StateDict, read_tensors
+from .errors import some
 from .layouts import in_timm_layout
+from .making import shapes_of
 from .models import ENTRYPOINTS
 from .models.released import RELEASED, TAG
 from .weights import sha256_of
@@ -70,11 +72,12 @@ def convert(path: str | Path, out: str | Path, model: str | None = None, *, ema:
     )
     network.load_state_dict(found.tensors)
     default = timm.create_model(found.model, device="meta")
-    if _shapes(default) == _shapes(network):
+    same_shapes = shapes_of(default) == shapes_of(network)
+    if same_shapes:
         network._model_args = {}  # type: ignore[assignment]  # the entrypoint's own preset needs no arguments
     released = found.model if model and "." in model else None
     if released:
-        _check_released(found, _shapes(network) == _shapes(default), path)
+        _check_released(found, same_shapes, path)
     else:
         for key in ("tag", "license", "origin_url"):  # these are the released weights'
             network.pretrained_cfg.pop(key, None)  # type: ignore[operator,union-attr]
@@ -110,10 +113,6 @@ def _check_released(found: Checkpoint, same_shapes: bool, path: Path) -> None:
             f" {found.kernel_sizes} per stage, {found.num_classes} classes, {found.in_chans} channels. Give the model"
             " without the tag."
         )
-
-
-def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in model.state_dict().items()}
 
 
 def infer(tensors: StateDict, name: str = "The checkpoint") -> Checkpoint:

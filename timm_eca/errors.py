@@ -1,6 +1,9 @@
-"""The errors of this package that are not plain ValueErrors."""
+"""The errors of this package that are not plain ValueErrors, and words that messages have in common."""
 
-__all__ = ["CommandError", "IntegrityError", "MissingWeightsError", "WeightsError"]
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["CommandError", "IntegrityError", "MissingWeightsError", "WeightsError", "some"]
 
 
 class CommandError(ValueError):
@@ -17,3 +20,10 @@ class MissingWeightsError(WeightsError):
 
 class IntegrityError(WeightsError):
     """Weights that are not what their config says they are."""
+
+
+def some(items: Iterable[Any], separator: str = ", ", count: int = 4) -> str:
+    """Return the first few items in words, and how many more there are."""
+    names = [str(item) for item in items]
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return separator.join(names[:count]) + more

@@ -72,11 +72,8 @@ def push(
         if revision and not create_pr and not api.revision_exists(repo, revision):
             api.create_branch(repo, branch=revision)
         files = list(FILES)
-        if (
-            isinstance(source, nn.Module)
-            and not save_args.get("card")
-            and api.file_exists(repo, CARD, revision=revision)
-        ):
+        made_here = isinstance(source, nn.Module) and not save_args.get("card")
+        if made_here and api.file_exists(repo, CARD, revision=revision):
             files.remove(CARD)
 
         def commit() -> Any:  # one commit, whatever the client's default: config and weights belong together

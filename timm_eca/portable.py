@@ -9,6 +9,7 @@ from torch import nn
 
 from .inject import attn_modules
 from .layers import EcaLayer, adaptive_kernel_size
+from .making import shapes_of
 from .spec import ATTN_ARGS
 
 __all__ = ["kernel_sizes", "portable_form"]
@@ -62,8 +63,4 @@ def _as_timms(model: nn.Module, path: str, channels: int) -> bool:
 def _builds(model: nn.Module, config: dict[str, Any]) -> bool:
     """Whether a config makes a model with the same tensors."""
     args = {**config["model_args"], "num_classes": config["num_classes"], "device": "meta"}
-    return _shapes(timm.create_model(config["architecture"], **args)) == _shapes(model)
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes_of(timm.create_model(config["architecture"], **args)) == shapes_of(model)

@@ -35,7 +35,7 @@ from .halves import NormRule, TailRule
 from .norms import InnerNorm, NormPart
 from .pooled import commutes, may_pool
 
-__all__ = ["Parts", "adds_shortcut", "find_parts", "is_eca", "map_fits", "unwatched"]
+__all__ = ["Parts", "adds_shortcut", "find_parts", "is_eca", "map_fits", "transformed", "unwatched"]
 
 _FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 _SIGMOIDS = (nn.Sigmoid, Sigmoid)
@@ -215,10 +215,14 @@ def unwatched() -> bool:
         _is_tracing()
         or (_len_torch_function_stack() and not _are_default_devices(_get_current_function_mode_stack()))
         or _len_torch_dispatch_stack()
-        or peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or transformed()
         or any(_GLOBAL_HOOKS)
     )
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` or a forward-mode derivative is under way."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _are_default_devices(modes: list[Any]) -> bool:

@@ -5,10 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from timm.layers import DropPath
 from torch import nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 
-from .eligible import Parts, adds_shortcut, find_parts
+from .eligible import Parts, adds_shortcut, find_parts, transformed
 from .formula import Act
 from .halves import TailRule
 from .norms import GraphNorm, NormPart
@@ -36,9 +34,8 @@ class Facts(NamedTuple):
 @torch.compiler.assume_constant_result
 def _facts(block: Any) -> Facts:
     parts = find_parts(block, block._rule)
-    if parts is None or not parts.still_fit(block) or type(block).forward is not block._plain_forward:
-        return Facts(False)
-    if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    patched = type(block).forward is not block._plain_forward
+    if parts is None or not parts.still_fit(block) or patched or transformed():
         return Facts(False)
     last = parts.shortcut_norm
     return Facts(
